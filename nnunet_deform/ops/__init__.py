@@ -1,0 +1,6 @@
+"""Functions on tensors: the operators the networks are made of. They know nothing of modules or of nnU-Net."""
+
+from nnunet_deform.ops.backends import BACKEND_VARIABLE, Backend, backends_for, choose_backend
+from nnunet_deform.ops.deform_conv import deform_conv2d, deform_conv3d
+
+__all__ = ["BACKEND_VARIABLE", "Backend", "backends_for", "choose_backend", "deform_conv2d", "deform_conv3d"]

@@ -1,0 +1,100 @@
+"""Which implementation of the deformable convolution runs, and why.
+
+A backend is one module with three functions:
+
+- ``unable(input, offset, weight) -> str | None``: why it cannot run on these tensors, or None when it can;
+- ``forward(input, offset, weight, bias, stride, padding, dilation) -> Tensor``;
+- ``backward(grad_output, input, offset, weight, stride, padding, dilation, needs) -> tuple of four``: the gradients
+  of input, offset, weight and bias, None where ``needs`` says that nobody asks.
+
+They get arguments that :mod:`nnunet_deform.ops.checks` has accepted.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from nnunet_deform.ops.backends import reference, torch_
+
+logger = logging.getLogger("nnunet_deform.ops")
+
+BACKEND_VARIABLE = "NNUNET_DEFORM_BACKEND"
+
+
+class Backend(Protocol):
+    """The shape of a backend module; see the package's docstring."""
+
+    def unable(self, input: Tensor, offset: Tensor, weight: Tensor) -> str | None: ...
+
+    def forward(
+        self,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor: ...
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+
+_BACKENDS: dict[str, Backend] = {"reference": reference, "torch": torch_}
+
+# Fastest first. The reference is slow by design and runs only when it is asked for.
+_PREFERENCE = ("torch",)
+
+
+def choose_backend(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[str, Backend]:
+    """The backend for these tensors: the one NNUNET_DEFORM_BACKEND names, else the fastest that can run.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+        RuntimeError: the backend it names cannot run on these tensors; the message says why.
+    """
+    requested = os.environ.get(BACKEND_VARIABLE)
+    if requested:
+        if requested not in _BACKENDS:
+            raise ValueError(
+                f"{BACKEND_VARIABLE}={requested!r} names no backend; choose one of {', '.join(sorted(_BACKENDS))} "
+                "or unset it."
+            )
+        reason = _BACKENDS[requested].unable(input, offset, weight)
+        if reason is not None:
+            raise RuntimeError(f"{BACKEND_VARIABLE}={requested!r} cannot run here: {reason}; unset it.")
+        return requested, _BACKENDS[requested]
+
+    passed_over = []
+    for name in _PREFERENCE:
+        reason = _BACKENDS[name].unable(input, offset, weight)
+        if reason is None:
+            _log_choice(name, input.device.type, str(input.dtype), "; ".join(passed_over))
+            return name, _BACKENDS[name]
+        passed_over.append(f"not {name}: {reason}")
+    raise RuntimeError(f"no backend can run this deformable convolution ({'; '.join(passed_over)})")
+
+
+def backends_for(input: Tensor, offset: Tensor, weight: Tensor) -> dict[str, str | None]:
+    """Every backend by name, with the reason why it cannot run on these tensors, or None when it can."""
+    return {name: backend.unable(input, offset, weight) for name, backend in _BACKENDS.items()}
+
+
+@functools.cache
+def _log_choice(name: str, device: str, dtype: str, passed_over: str) -> None:
+    """Log a choice once per process, not once per call."""
+    logger.info("deformable convolution on %s in %s: %s backend %s", device, dtype, name, passed_over)

@@ -1,0 +1,190 @@
+"""Deformable convolution in two and three dimensions: argument checks, registration with torch, gradients.
+
+The equations, the convention at borders and integers, and the tolerances are in the README beside this file. The
+arithmetic is in :mod:`nnunet_deform.ops.backends`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nnunet_deform.ops.backends import choose_backend
+from nnunet_deform.ops.checks import check_deform_conv, convolved_size, spatial_argument
+
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Deformable convolution of images, with the arguments and conventions of ``torchvision.ops.deform_conv2d``.
+
+    See :func:`deform_conv3d`; here there are two axes, (height, width).
+    """
+    return _deform_conv(2, input, offset, weight, bias, stride, padding, dilation)
+
+
+def deform_conv3d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    r"""Deformable convolution of volumes (Dai et al. 2017 with a third axis; DeformUX-Net, eq. 1-2).
+
+    .. math:: y(v) = b + \sum_t W_t \, X\big(v \cdot stride - padding + t \cdot dilation + o_t(v)\big)
+
+    X interpolates trilinearly. Voxels outside the volume are zero, so values fade linearly to zero within one voxel of
+    the border; a position at or beyond -1 or the size on any axis samples exactly zero and passes no gradient, and so
+    does one that is not a number. At integer positions the derivative is the one from the right.
+
+    Args:
+        input: values, [B, C, D, H, W].
+        offset: displacement in voxels of each tap at each output voxel, [B, G*K*3, D', H', W'] for G deformable groups
+            (each serves C/G neighbouring channels) and K taps in row-major order. Channel ``(g*K + tap)*3 + axis``
+            moves along axis 0 (depth), 1 (height) or 2 (width). Its dtype is the input's, or float32 beside
+            half-precision values.
+        weight: [C_out, C/groups, kD, kH, kW]. The shape says the number of groups: C_out = C and one channel per group
+            is a depthwise convolution, C channels per group a dense one.
+        bias: [C_out].
+        stride, padding, dilation: one integer, or one for each axis.
+
+    Returns:
+        [B, C_out, D', H', W'] in the input's dtype; channels last in memory if the input is.
+
+    Under autocast the values are cast like a convolution's, the offset to float32. Coordinates are always float32 or
+    float64. There is no second derivative.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: shapes, dtypes or devices that do not go together.
+    """
+    return _deform_conv(3, input, offset, weight, bias, stride, padding, dilation)
+
+
+def _deform_conv(
+    ndim: int,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> Tensor:
+    stride = spatial_argument("stride", stride, ndim, 1)
+    padding = spatial_argument("padding", padding, ndim, 0)
+    dilation = spatial_argument("dilation", dilation, ndim, 1)
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # As autocast does it: float64 stays what it is.
+        dtype = torch.get_autocast_dtype(device)
+        input, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, weight))
+        bias = bias if bias is None else bias.to(input.dtype)
+        offset = offset if offset.dtype == torch.float64 else offset.float()
+    check_deform_conv(input, offset, weight, bias, stride, padding, dilation)
+    return torch.ops.nnunet_deform.deform_conv(input, offset, weight, bias, stride, padding, dilation)
+
+
+@torch.library.custom_op(
+    "nnunet_deform::deform_conv",
+    mutates_args=(),
+    schema="(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation)"
+    " -> Tensor",
+)
+def _forward(input, offset, weight, bias, stride, padding, dilation):
+    if input.shape[0] == 0:
+        return _empty_output(input, weight, stride, padding, dilation)
+    _, backend = choose_backend(input, offset, weight)
+    output = backend.forward(input, offset, weight, bias, stride, padding, dilation)
+    return output.contiguous(memory_format=_memory_format(input))
+
+
+@_forward.register_fake
+def _(input, offset, weight, bias, stride, padding, dilation):
+    return _empty_output(input, weight, stride, padding, dilation)
+
+
+def _empty_output(input, weight, stride, padding, dilation):
+    out_size = convolved_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return torch.empty(
+        (input.shape[0], weight.shape[0], *out_size),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=_memory_format(input),
+    )
+
+
+@torch.library.custom_op(
+    "nnunet_deform::deform_conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, int[] stride, int[] padding, "
+    "int[] dilation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad_output, input, offset, weight, stride, padding, dilation, needs):
+    """The gradients of input, offset, weight and bias; an empty tensor where ``needs`` says that nobody asks."""
+    if input.shape[0] == 0:
+        return tuple(gradient.zero_() for gradient in _empty_gradients(input, offset, weight, needs))
+    _, backend = choose_backend(input, offset, weight)
+    gradients = backend.backward(grad_output, input, offset, weight, stride, padding, dilation, needs)
+    formats = (_memory_format(input), *[torch.contiguous_format] * 3)
+    return tuple(
+        like.new_empty(0) if gradient is None else gradient.contiguous(memory_format=memory_format)
+        for gradient, like, memory_format in zip(gradients, (input, offset, weight, weight), formats, strict=True)
+    )
+
+
+@_backward.register_fake
+def _(grad_output, input, offset, weight, stride, padding, dilation, needs):
+    return _empty_gradients(input, offset, weight, needs)
+
+
+def _empty_gradients(input, offset, weight, needs):
+    likes = (input, offset, weight, weight)
+    shapes = (input.shape, offset.shape, weight.shape, weight.shape[:1])
+    formats = (_memory_format(input), *[torch.contiguous_format] * 3)
+    return tuple(
+        torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+        if need
+        else like.new_empty(0)
+        for like, shape, memory_format, need in zip(likes, shapes, formats, needs, strict=True)
+    )
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    channels_last = _CHANNELS_LAST.get(tensor.ndim - 2)
+    if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
+        return channels_last
+    return torch.contiguous_format
+
+
+def _setup_context(ctx, inputs, output):
+    input, offset, weight, _, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.save_for_backward(input, offset, weight)
+
+
+def _gradients(ctx, grad_output):
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = torch.ops.nnunet_deform.deform_conv_backward(
+        grad_output, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.dilation, needs
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+
+
+def _no_second_derivative(ctx, *grad_outputs):
+    raise NotImplementedError(
+        "deform_conv has no second derivative; call backward without create_graph, or detach its gradients."
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+_backward.register_autograd(_no_second_derivative)
