@@ -1,0 +1,171 @@
+"""The command line: activation, status and the demo. Training and prediction stay nnU-Net's own commands."""
+
+import contextlib
+import io
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nnunet_deform import __version__, activation
+
+app = typer.Typer(
+    name="nnunet-deform",
+    help="New segmentation networks for nnU-Net v2. After [bold]enable[/bold], train and predict with nnU-Net's own "
+    "commands, for example: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerDeformUX",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _fail(message: str) -> typer.Exit:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/bold red] {message}", highlight=False)
+    return typer.Exit(1)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"nnunet-deform {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def env() -> None:
+    """Print the shell line that makes nnU-Net find our trainers: eval "$(nnunet-deform env)"."""
+    print(activation.export_line())
+
+
+@app.command()
+def enable() -> None:
+    """Make nnU-Net find our trainers in this Python environment, in every shell, until disable."""
+    try:
+        path = activation.enable()
+    except activation.ActivationError as error:
+        raise _fail(str(error)) from None
+    print(f"Enabled: wrote {path}\nnnunet-deform disable removes it; do that before you uninstall nnunet-deform.")
+
+
+@app.command()
+def disable() -> None:
+    """Undo enable."""
+    try:
+        path = activation.disable()
+    except activation.ActivationError as error:
+        raise _fail(str(error)) from None
+    print(f"Disabled: removed {path}" if path else f"Nothing to do: {activation.pth_path()} does not exist.")
+
+
+@app.command()
+def status() -> None:
+    """Say what is installed and active, look up every trainer as nnU-Net does, and explain what is wrong."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"nnunet-deform {__version__}, Python {platform.python_version()}")
+    for package in ("nnunetv2", "torch", "dynamic-network-architectures"):
+        with contextlib.suppress(PackageNotFoundError):
+            console.print(f"{package} {version(package)}")
+    try:
+        activation.check_nnunetv2()
+    except activation.ActivationError as error:
+        raise _fail(str(error)) from None
+    enabled = Path(activation.pth_path())
+    console.print(f"enabled for this environment: {enabled if enabled.exists() else 'no'}")
+
+    problems = activation.problems()
+    _print_trainers(console, problems)
+    _print_backends(console)
+    for problem in problems:
+        console.print(f"[bold red]Problem:[/bold red] {problem}")
+    if problems:
+        raise typer.Exit(1)
+    console.print("[bold green]All is well:[/bold green] nnU-Net finds every trainer.")
+
+
+def _print_trainers(console: Console, problems: list[str]) -> None:
+    from nnunet_deform import trainers
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    table = Table("trainer", "nnU-Net's look-up")
+    for name in trainers.__all__:
+        try:
+            # nnU-Net prints where it searches.
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = recursive_find_trainer_class_by_name(name)
+        except RuntimeError:
+            table.add_row(name, "[red]not found[/red]")
+            continue
+        if found is getattr(trainers, name):
+            table.add_row(name, "found")
+        else:
+            table.add_row(name, f"[red]another class, {found.__module__}[/red]")
+            problems.append(
+                f"nnU-Net finds another class named {name}, in {found.__module__}; remove that copy, or the path that "
+                f"leads to it from {activation.VARIABLE}."
+            )
+    console.print(table)
+
+
+def _print_backends(console: Console) -> None:
+    import torch
+
+    from nnunet_deform.ops import backends_for, choose_backend
+
+    table = Table("device", "backend", "state")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    for device in devices:
+        tensors = (
+            torch.zeros(1, 16, 4, 4, 4, device=device),
+            torch.zeros(1, 81, 4, 4, 4, device=device),
+            torch.zeros(16, 1, 3, 3, 3, device=device),
+        )
+        try:
+            chosen, _ = choose_backend(*tensors)
+        except (ValueError, RuntimeError) as error:
+            table.add_row(device, "-", f"[red]{error}[/red]")
+            continue
+        for name, reason in backends_for(*tensors).items():
+            state = "used" if name == chosen else "available"
+            table.add_row(device, name, state if reason is None else f"cannot run: {reason}")
+    console.print(table)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to keep the data, the model and the figure; must be new or empty. Default: temporary."
+        ),
+    ] = None,
+) -> None:
+    """Make a phantom CT dataset and run nnU-Net's commands on it with DeformUX-Net, on a CPU, in minutes."""
+    from nnunet_deform.demo import DemoError, run_demo
+
+    try:
+        activation.check_nnunetv2()
+        run_demo(folder=folder, console=Console())
+    except (activation.ActivationError, DemoError) as error:
+        raise _fail(str(error)) from None
+    except KeyboardInterrupt:
+        raise _fail("interrupted; nothing was kept.") from None

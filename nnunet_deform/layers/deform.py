@@ -1,0 +1,131 @@
+"""Deformable convolution layers: an offset branch and the operator it steers."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_deform.ops import deform_conv2d, deform_conv3d
+
+OffsetAxes = Literal["auto", "all"] | Sequence[int]
+
+
+class DeformConv(nn.Module):
+    """Deformable convolution that keeps channels and spatial size (DeformUX-Net, eq. 1-2), in 2D and 3D.
+
+    A convolution of the layer's own input yields the offsets, in voxels. It starts at zero, so the layer starts as the
+    ordinary convolution of the same weight.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``; says the number of axes and makes the offset branch.
+        channels: C, in and out.
+        kernel_size: odd, one value for each axis.
+        depthwise: one kernel for each channel; False for a dense convolution.
+        deformable: False leaves the offset branch out: the plain convolution, our control.
+        offset_kernel: 1 (paper) or 3, the kernel of the offset branch on the axes where ``kernel_size`` is not 1.
+        offset_axes: axes that taps may move along: "all", a selection such as (1, 2), or "auto" for those where
+            ``kernel_size`` is not 1 (on the others a voxel is a whole slice away).
+        offset_clamp: bound on the absolute offset in voxels; None for no bound.
+
+    Raises:
+        ValueError: an option outside what is listed here.
+    """
+
+    def __init__(
+        self,
+        conv_op: type[nn.Conv2d] | type[nn.Conv3d],
+        channels: int,
+        kernel_size: Sequence[int],
+        *,
+        depthwise: bool = True,
+        deformable: bool = True,
+        offset_kernel: int = 1,
+        offset_axes: OffsetAxes = "auto",
+        offset_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = tuple(kernel_size)
+        self.ndim = len(self.kernel_size)
+        if any(k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd on every axis to keep the spatial size.")
+        if offset_kernel not in (1, 3):
+            raise ValueError(f"offset_kernel={offset_kernel} must be 1 or 3.")
+        if offset_clamp is not None and offset_clamp <= 0:
+            raise ValueError(f"offset_clamp={offset_clamp} must be positive, or None for no bound.")
+        self.padding = tuple(k // 2 for k in self.kernel_size)
+        self.groups = channels if depthwise else 1
+        self.offset_clamp = offset_clamp
+        self.weight = nn.Parameter(torch.empty(channels, channels // self.groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.taps = math.prod(self.kernel_size)
+        self.offset_axes = _resolve_axes(offset_axes, self.kernel_size) if deformable else ()
+        self.offset: nn.Module | None = None
+        if self.offset_axes:
+            branch_kernel = tuple(1 if k == 1 else offset_kernel for k in self.kernel_size)
+            self.offset = conv_op(
+                channels,
+                len(self.offset_axes) * self.taps,
+                branch_kernel,
+                padding=tuple(k // 2 for k in branch_kernel),
+            )
+        # Channels of the offset tensor that autograd keeps for the operator.
+        self.offset_channels = self.ndim * self.taps if self.offset_axes else 0
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial state, which a network-wide initialisation must restore: torch's default, offsets zero."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+        if self.offset is not None:
+            nn.init.zeros_(self.offset.weight)
+            nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, *spatial] -> [B, C, *spatial]."""
+        if self.offset is None:
+            conv = F.conv2d if self.ndim == 2 else F.conv3d
+            return conv(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        # Offsets are coordinates: half precision would round them to a fraction of a voxel.
+        with _autocast_disabled(x.device.type):
+            offset = self.offset(x.to(self.offset.weight.dtype))
+            if self.offset_clamp is not None:
+                offset = offset.clamp(-self.offset_clamp, self.offset_clamp)
+            offset = self._on_all_axes(offset)
+        op = deform_conv2d if self.ndim == 2 else deform_conv3d
+        return op(x, offset, self.weight, self.bias, padding=self.padding)
+
+    def _on_all_axes(self, offset: Tensor) -> Tensor:
+        """[B, taps*len(offset_axes), *spatial] with zeros on the axes that do not move: [B, taps*ndim, *spatial]."""
+        if len(self.offset_axes) == self.ndim:
+            return offset
+        moving = offset.unflatten(1, (self.taps, len(self.offset_axes))).unbind(2)
+        still = torch.zeros_like(moving[0])
+        by_axis = [moving[self.offset_axes.index(a)] if a in self.offset_axes else still for a in range(self.ndim)]
+        return torch.stack(by_axis, dim=2).flatten(1, 2)
+
+
+def _autocast_disabled(device_type: str) -> AbstractContextManager:
+    # The meta device, on which networks are measured, has no autocast.
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _resolve_axes(offset_axes: OffsetAxes, kernel_size: Sequence[int]) -> tuple[int, ...]:
+    ndim = len(kernel_size)
+    if offset_axes == "all":
+        return tuple(range(ndim))
+    if offset_axes == "auto":
+        return tuple(axis for axis, k in enumerate(kernel_size) if k > 1)
+    axes = tuple(offset_axes)
+    if isinstance(offset_axes, str) or not axes or list(axes) != sorted(set(axes)) or not set(axes) <= set(range(ndim)):
+        raise ValueError(
+            f"offset_axes={offset_axes!r} must be 'auto', 'all' or ascending axes out of {tuple(range(ndim))}, "
+            "0 being the first spatial axis."
+        )
+    return axes

@@ -1,0 +1,92 @@
+"""The convolutional blocks of DeformUX-Net's skip encoders and decoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ConvStyle:
+    """How a network's plain convolutions are built: operators and their arguments, in nnU-Net's terms.
+
+    ``None`` leaves an operator out.
+    """
+
+    conv_op: type[nn.Module]
+    conv_bias: bool
+    norm_op: type[nn.Module] | None
+    norm_op_kwargs: dict[str, Any] = field(default_factory=dict)
+    dropout_op: type[nn.Module] | None = None
+    dropout_op_kwargs: dict[str, Any] = field(default_factory=dict)
+    nonlin: type[nn.Module] | None = nn.LeakyReLU
+    nonlin_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def conv(self, in_channels: int, out_channels: int, kernel_size: Sequence[int]) -> nn.Module:
+        """A convolution that keeps the spatial size."""
+        padding = [k // 2 for k in kernel_size]
+        return self.conv_op(in_channels, out_channels, tuple(kernel_size), padding=padding, bias=self.conv_bias)
+
+    def norm(self, channels: int) -> nn.Module:
+        return nn.Identity() if self.norm_op is None else self.norm_op(channels, **self.norm_op_kwargs)
+
+    def dropout(self) -> nn.Module:
+        return nn.Identity() if self.dropout_op is None else self.dropout_op(**self.dropout_op_kwargs)
+
+    def activation(self) -> nn.Module:
+        return nn.Identity() if self.nonlin is None else self.nonlin(**self.nonlin_kwargs)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with norms and a residual connection, the residual block of UNETR's decoders.
+
+    [B, in, *spatial] -> [B, out, *spatial]. The shortcut is a normalised 1x1 convolution where the widths differ.
+    """
+
+    def __init__(self, style: ConvStyle, in_channels: int, out_channels: int, kernel_size: Sequence[int]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            style.conv(in_channels, out_channels, kernel_size),
+            style.dropout(),
+            style.norm(out_channels),
+            style.activation(),
+            style.conv(out_channels, out_channels, kernel_size),
+            style.norm(out_channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                style.conv(in_channels, out_channels, [1] * len(kernel_size)), style.norm(out_channels)
+            )
+        self.activation = style.activation()
+        # Elements that autograd keeps for each voxel, counted as nnU-Net counts: the outputs of convolutions.
+        self.conv_outputs_per_voxel = (2 if in_channels == out_channels else 3) * out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.body(x) + self.shortcut(x))
+
+
+class UpBlock(nn.Module):
+    """Transposed convolution to the next finer level, concatenation with the skip, residual block.
+
+    [B, in, *coarse] and [B, out, *fine] -> [B, out, *fine]; ``stride`` is fine / coarse on each axis.
+    """
+
+    def __init__(
+        self,
+        style: ConvStyle,
+        transposed_conv_op: type[nn.Module],
+        in_channels: int,
+        out_channels: int,
+        stride: Sequence[int],
+        kernel_size: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.up = transposed_conv_op(in_channels, out_channels, tuple(stride), tuple(stride), bias=style.conv_bias)
+        self.block = ResidualBlock(style, 2 * out_channels, out_channels, kernel_size)
+        self.conv_outputs_per_voxel = out_channels + self.block.conv_outputs_per_voxel
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(torch.cat((self.up(x), skip), dim=1))

@@ -1,0 +1,144 @@
+"""What all our trainers share: a network made for the plan, atomic checkpoints, a word on memory before it runs out."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_deform.plans.architecture import Architecture
+from nnunet_deform.plans.memory import estimated_gigabytes
+
+MEMORY_ADVICE = (
+    "use a smaller batch or patch (a copy of the plans file with a smaller batch_size or patch_size under another "
+    "plans_name, given with -p), or a device with more memory"
+)
+
+
+class AtomicCheckpoints(nnUNetTrainer):
+    """Checkpoints appear under their name only when they are complete, so a kill never leaves a broken one."""
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        partial = f"{filename}.partial"
+        try:
+            super().save_checkpoint(partial)
+            os.replace(partial, filename)
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(partial)
+
+
+class PlannedNetworkTrainer(AtomicCheckpoints):
+    """nnU-Net's trainer with the network that ``architecture`` derives from the plan.
+
+    A subclass sets ``architecture``, a function of :mod:`nnunet_deform.plans`, and an ablation of it
+    ``network_options``, that function's further arguments.
+    """
+
+    architecture: ClassVar[Callable[..., Architecture]]
+    network_options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        # First, because nnU-Net's constructor makes the output folder, and a plan we cannot use should leave none.
+        levels = self._levels(PlansManager(plans).get_configuration(configuration))
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        # nnU-Net gives the coarsest output weight zero, so a single one would be weighted 0 / 0.
+        if levels - 1 < 2:
+            self.enable_deep_supervision = False
+
+    @classmethod
+    def planned_architecture(cls, configuration_manager: ConfigurationManager) -> Architecture:
+        """This trainer's network for a configuration, as a plan's ``architecture`` entry."""
+        base = configuration_manager.configuration["architecture"]
+        return cls.architecture(base, configuration_manager.patch_size, **cls.network_options)
+
+    @classmethod
+    def _levels(cls, configuration_manager: ConfigurationManager) -> int:
+        return len(cls.planned_architecture(configuration_manager)["arch_kwargs"]["strides"])
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        architecture = cls.planned_architecture(configuration_manager)
+        return get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        scales = super()._get_deep_supervision_scales()
+        return scales if scales is None else scales[: self._levels(self.configuration_manager) - 1]
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._report_memory()
+
+    def _report_memory(self) -> None:
+        """One line with the estimated memory beside the stock network's, and a warning if it exceeds the device's."""
+        needed, stock = (
+            estimated_gigabytes(
+                architecture,
+                self.configuration_manager.patch_size,
+                self.batch_size,
+                self.num_input_channels,
+                self.label_manager.num_segmentation_heads,
+                mixed_precision=self.device.type == "cuda",
+            )
+            for architecture in (
+                self.planned_architecture(self.configuration_manager),
+                self.configuration_manager.configuration["architecture"],
+            )
+        )
+        plan_network = "no estimate" if stock is None else f"{stock:.1f} GB"
+        self.print_to_log_file(
+            f"Estimated memory for training: {needed:.1f} GB (the plan's own network: {plan_network}), patch "
+            f"{list(self.configuration_manager.patch_size)}, batch {self.batch_size}."
+        )
+        available = _device_gigabytes(self.device)
+        if available is not None and needed > available:
+            self.print_to_log_file(
+                f"WARNING: that is more than the {available:.1f} GB of {self.device}; if training runs out of memory, "
+                f"{MEMORY_ADVICE}."
+            )
+
+    def run_training(self) -> None:
+        try:
+            super().run_training()
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"{error}\nOut of memory: {MEMORY_ADVICE}.") from error
+
+
+def _device_gigabytes(device: torch.device) -> float | None:
+    """The device's memory in GB, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError):
+        return None

@@ -1,0 +1,179 @@
+"""Trainer variants by name: ``<trainer>[_AdamW][_{N}epochs[{M}iters]][_seed{S}]``, for our trainers and nnU-Net's own.
+
+A variant is a class like any other: importable from this module and picklable under its name, and nnU-Net finds it
+again when it predicts. The suffixes mean:
+
+- ``_AdamW``: our one second recipe, so that network and recipe can be told apart. AdamW at ``adamw_lr``, weight decay
+  1e-4 and none on norms and biases, linear warm-up over 10 epochs, cosine to 1e-6.
+- ``_{N}epochs``: N epochs, a checkpoint every max(1, min(50, N // 4)), the warm-up at most N / 10 epochs;
+  ``{M}iters``: M iterations in an epoch and max(1, M // 5) validation iterations.
+- ``_seed{S}``: python, numpy and torch are seeded before the network is built, and again at each epoch's start from
+  (S, epoch). On a CPU with ``nnUNet_n_proc_DA=0`` two such runs end in bit-equal weights, and so does one that was
+  killed and continued.
+"""
+
+import random
+import re
+from os.path import join
+from typing import Any, ClassVar
+
+import numpy as np
+import nnunetv2
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+from nnunet_deform import trainers
+from nnunet_deform.trainers.base import AtomicCheckpoints
+from nnunet_deform.trainers.schedules import WarmupCosineSchedule
+
+_NAME = re.compile(
+    r"(?P<base>nnUNetTrainer\w*?)"
+    r"(?P<adamw>_AdamW)?"
+    r"(?:_(?P<epochs>[1-9]\d*)epochs(?:(?P<iterations>[1-9]\d*)iters)?)?"
+    r"(?:_seed(?P<seed>0|[1-9]\d*))?"
+)
+
+
+def find_trainer(name: str) -> type[nnUNetTrainer]:
+    """One of our trainers, or a variant of one of ours or of nnU-Net's own.
+
+    Raises:
+        AttributeError: the name is neither; nnU-Net then goes on searching elsewhere.
+    """
+    if name in trainers.__all__:
+        return getattr(trainers, name)
+    parts = _NAME.fullmatch(name)
+    if parts is None or parts["base"] == name:
+        raise AttributeError(f"{name!r} is no trainer of nnunet-deform and no variant of one.")
+    if name not in globals():
+        globals()[name] = _make_variant(name, _find_base(parts["base"]), parts)
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    # A variant is pickled by its name in this module; another process makes it when it is asked for.
+    if name.startswith("nnUNetTrainer"):
+        return find_trainer(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _find_base(name: str) -> type[nnUNetTrainer]:
+    if name in trainers.__all__:
+        return getattr(trainers, name)
+    stock = recursive_find_python_class(
+        join(nnunetv2.__path__[0], "training", "nnUNetTrainer"),
+        name,
+        "nnunetv2.training.nnUNetTrainer",
+        nnunetv2.__path__[0],
+    )
+    if stock is None:
+        raise AttributeError(f"{name!r} is no trainer of nnunet-deform or nnU-Net, so it has no variants.")
+    return stock
+
+
+def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) -> type[nnUNetTrainer]:
+    bases: list[type] = []
+    attributes: dict[str, Any] = {"__module__": __name__, "__doc__": f"{base.__name__}, varied as its name says."}
+    if parts["seed"]:
+        bases.append(Seeded)
+        attributes["seed"] = int(parts["seed"])
+    if parts["epochs"]:
+        bases.append(Shortened)
+        attributes["variant_epochs"] = int(parts["epochs"])
+        attributes["variant_iterations"] = int(parts["iterations"]) if parts["iterations"] else None
+    if parts["adamw"]:
+        bases.append(AdamWRecipe)
+    if not issubclass(base, AtomicCheckpoints):
+        bases.append(AtomicCheckpoints)
+    return type(name, (*bases, base), attributes)
+
+
+class AdamWRecipe(nnUNetTrainer):
+    """AdamW with warm-up and cosine, both by iteration."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = getattr(self, "adamw_lr", 5e-4)
+        self.weight_decay = 1e-4
+        self.warmup_epochs = 10
+        self._iteration = 0
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosineSchedule]:
+        matrices, vectors = [], []
+        for parameter in self.network.parameters():
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=self.initial_lr,
+        )
+        schedule = WarmupCosineSchedule(
+            optimizer,
+            self.initial_lr,
+            warmup_epochs=self.warmup_epochs,
+            num_epochs=self.num_epochs,
+            iterations_per_epoch=self.num_iterations_per_epoch,
+        )
+        return optimizer, schedule
+
+    def on_train_epoch_start(self) -> None:
+        self._iteration = 0
+        super().on_train_epoch_start()
+
+    def train_step(self, batch: dict) -> dict:
+        self.lr_scheduler.step(self.current_epoch, self._iteration)
+        self._iteration += 1
+        return super().train_step(batch)
+
+
+class Shortened(nnUNetTrainer):
+    """The number of epochs and iterations that a variant's name gives."""
+
+    variant_epochs: ClassVar[int]
+    variant_iterations: ClassVar[int | None]
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.variant_epochs
+        self.save_every = max(1, min(50, self.num_epochs // 4))
+        if self.variant_iterations is not None:
+            self.num_iterations_per_epoch = self.variant_iterations
+            self.num_val_iterations_per_epoch = max(1, self.variant_iterations // 5)
+        if hasattr(self, "warmup_epochs"):
+            self.warmup_epochs = min(self.warmup_epochs, self.num_epochs / 10)
+
+
+class Seeded(nnUNetTrainer):
+    """All random number generators of this process seeded, before the network is built and at each epoch."""
+
+    seed: ClassVar[int]
+
+    def initialize(self) -> None:
+        _seed_generators(self.seed)
+        super().initialize()
+
+    def on_epoch_start(self) -> None:
+        # The rank too: under DDP each process must draw its own batches.
+        _seed_generators(self.seed, self.current_epoch, self.local_rank)
+        super().on_epoch_start()
+
+
+def _seed_generators(*entropy: int) -> None:
+    for_python, for_numpy, for_torch = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(for_python))
+    np.random.seed(for_numpy)  # noqa: NPY002 (the generator nnU-Net's loaders draw from)
+    torch.manual_seed(int(for_torch))
