@@ -111,7 +111,7 @@ def problems() -> list[str]:
     """What keeps nnU-Net from finding our trainers in this process, one sentence each; empty when nothing does."""
     paths = _configured_paths()
     found = [
-        f"{VARIABLE} names {path!r}, which is not a folder; nnU-Net passes over it without a word. Remove it or correct it."
+        f"{VARIABLE} names {path!r}, which is not a folder, so nnU-Net passes over it; remove or correct it."
         for path in paths
         if not os.path.isdir(path)
     ]

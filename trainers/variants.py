@@ -17,8 +17,8 @@ import re
 from os.path import join
 from typing import Any, ClassVar
 
-import numpy as np
 import nnunetv2
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
