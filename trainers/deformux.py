@@ -15,8 +15,8 @@ class nnUNetTrainerDeformUX(PlannedNetworkTrainer):
 
 
 class nnUNetTrainerDeformUX_paper(nnUNetTrainerDeformUX):
-    """The paper's optimisation: AdamW at 1e-4 with weight decay 0.08, the rate times 0.9 after 10 epochs without a lower
-    validation loss, 40,000 steps (160 epochs of nnU-Net's 250)."""
+    """The paper's optimisation: AdamW at 1e-4 with weight decay 0.08, the rate times 0.9 after 10 epochs without a
+    lower validation loss, 40,000 steps (160 epochs of nnU-Net's 250)."""
 
     def __init__(
         self,

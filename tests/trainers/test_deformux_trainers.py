@@ -1,0 +1,235 @@
+"""The trainers on a tiny dataset: what they build, that they train, resume, and say what is wrong."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_deform import trainers
+from nnunet_deform.networks import DeformUXNet
+from nnunet_deform.networks.deformux import DepthwiseScaling, Mlp
+from nnunet_deform.trainers import base as trainer_base
+from nnunet_deform.trainers import nnUNetTrainerDeformUX, nnUNetTrainerDeformUX_paper
+from nnunet_deform.trainers.variants import find_trainer
+
+TWO_LEVELS = ((1, 1, 1), (2, 2, 2))
+ANISOTROPIC = {
+    "patch_size": (20, 80, 64),
+    "strides": ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
+    "kernel_sizes": ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+}
+
+
+def weights(trainer: nnUNetTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", trainers.__all__)
+def test_every_trainer_builds_its_network_and_takes_a_step(make_trainer, name) -> None:
+    trainer = make_trainer(find_trainer(name))
+    trainer.initialize()
+    assert isinstance(trainer.network, DeformUXNet)
+    before = weights(trainer)
+    trainer.dataloader_train, _ = trainer.get_dataloaders()
+    trainer.network.train()
+    loss = trainer.train_step(next(trainer.dataloader_train))["loss"]
+    assert np.isfinite(loss)
+    changed = {key for key, value in weights(trainer).items() if not torch.equal(value, before[key])}
+    assert {key for key in before if "decoder" in key and "seg_layers.0" not in key} <= changed
+
+
+def test_options_of_the_ablations(make_trainer) -> None:
+    def network(name: str) -> DeformUXNet:
+        trainer = make_trainer(find_trainer(name))
+        trainer.initialize()
+        return trainer.network
+
+    def count(name: str, kind: type) -> int:
+        return sum(isinstance(module, kind) for module in network(name).modules())
+
+    def offset_axes(name: str) -> tuple[int, ...]:
+        return network(name).encoder.stages[0][0].branches[0][1].offset_axes
+
+    assert offset_axes("nnUNetTrainerDeformUX") == (0, 1, 2)
+    assert offset_axes("nnUNetTrainerDeformUX_triPlanar") == (0, 1, 2)
+    assert offset_axes("nnUNetTrainerDeformUX_xy") == (1, 2)
+    assert offset_axes("nnUNetTrainerDeformUX_xz") == (0, 2)
+    assert offset_axes("nnUNetTrainerDeformUX_yz") == (0, 1)
+    assert offset_axes("nnUNetTrainerDeformUX_opOff") == ()
+    assert count("nnUNetTrainerDeformUX", Mlp) == 4
+    assert count("nnUNetTrainerDeformUX_noMLP", Mlp) == 0
+    assert count("nnUNetTrainerDeformUX_depthwiseScaling", DepthwiseScaling) == 4
+    dense = network("nnUNetTrainerDeformUX_dense").encoder.stages[0][0].branches[0][1]
+    assert dense.weight.shape == (48, 48, 3, 3, 3)
+    offset_kernel = network("nnUNetTrainerDeformUX_offsetKernel3").encoder.stages[0][0].branches[0][1].offset
+    assert offset_kernel.kernel_size == (3, 3, 3)
+    assert len(network("nnUNetTrainerDeformUX_convnext").encoder.stages[0][0].branches) == 1
+    reference = network("nnUNetTrainerUXNet").encoder.stages[0][0].branches[0][0]
+    assert reference.kernel_size == (7, 7, 7)
+    assert reference.offset is None
+
+
+def test_plane_ablations_are_refused_in_2d_and_leave_nothing_behind(make_trainer, tmp_path) -> None:
+    with pytest.raises(NotImplementedError, match=re.escape("offset_axes=(0, 2)")):
+        make_trainer(find_trainer("nnUNetTrainerDeformUX_xz"), (32, 32), ((1, 1), (2, 2), (2, 2)))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_plan_with_one_level_is_refused_and_leaves_nothing_behind(make_trainer, tmp_path) -> None:
+    with pytest.raises(ValueError, match="the plan has 1 level"):
+        make_trainer(nnUNetTrainerDeformUX, (16, 16, 16), ((1, 1, 1),))
+    assert not (tmp_path / "results").exists()
+
+
+def test_deep_supervision_covers_the_networks_outputs(make_trainer) -> None:
+    # The plan has six levels, the network keeps five, so four outputs.
+    strides = ((1, 1, 1), *[(2, 2, 2)] * 5)
+    trainer = make_trainer(nnUNetTrainerDeformUX, (64, 64, 64), strides)
+    assert trainer._get_deep_supervision_scales() == [[1 / 2**level] * 3 for level in range(4)]
+    assert trainer._build_loss().weight_factors == pytest.approx([4 / 7, 2 / 7, 1 / 7, 0])
+
+
+def test_deep_supervision_is_off_with_a_single_output(make_trainer) -> None:
+    trainer = make_trainer(nnUNetTrainerDeformUX, (8, 8, 8), TWO_LEVELS)
+    assert not trainer.enable_deep_supervision
+    assert trainer._get_deep_supervision_scales() is None
+    trainer.initialize()
+    assert isinstance(trainer.network(torch.zeros(1, 1, 8, 8, 8)), torch.Tensor)
+
+
+def test_paper_recipe(make_trainer) -> None:
+    trainer = make_trainer(nnUNetTrainerDeformUX_paper)
+    trainer.initialize()
+    (group,) = trainer.optimizer.param_groups
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-4, 0.08, (0.9, 0.999), 1e-8)
+    assert trainer.num_epochs * trainer.num_iterations_per_epoch == 40_000
+    for epoch, loss in enumerate([1.0, *[2.0] * 11]):
+        trainer.logger.log("val_losses", loss, epoch)
+    trainer.lr_scheduler.step(11)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-4
+    trainer.lr_scheduler.step(12)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.9e-4)
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerDeformUX_AdamW", "nnUNetTrainer"])
+def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, name) -> None:
+    seeded = find_trainer(f"{name}_4epochs2iters_seed1")
+
+    def run(results: str) -> nnUNetTrainer:
+        trainer = make_trainer(seeded, results=results)
+        trainer.run_training()
+        return trainer
+
+    first = weights(run("first"))
+    second = weights(run("second"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+    killed = make_trainer(seeded, results="killed")
+    epoch_start = killed.on_train_epoch_start
+
+    def die_in_the_third_epoch() -> None:
+        epoch_start()
+        if killed.current_epoch == 2:
+            raise KeyboardInterrupt
+
+    killed.on_train_epoch_start = die_in_the_third_epoch
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    continued = make_trainer(seeded, results="killed")
+    continued.load_checkpoint(os.path.join(continued.output_folder, "checkpoint_latest.pth"))
+    assert continued.current_epoch == 2
+    continued.run_training()
+    third = weights(continued)
+    assert all(torch.equal(first[key], third[key]) for key in first)
+
+    other = make_trainer(find_trainer(f"{name}_4epochs2iters_seed2"), results="other")
+    other.run_training()
+    fourth = weights(other)
+    assert not all(torch.equal(first[key], fourth[key]) for key in first)
+
+
+def test_stock_prediction_finds_a_variant_and_gives_the_networks_logits(make_trainer) -> None:
+    trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_AdamW_1epochs1iters"))
+    trainer.run_training()
+    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    image = torch.randn(1, 16, 16, 16)
+    predicted = predictor.predict_logits_from_preprocessed_data(image)
+
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    with torch.no_grad():
+        expected = trainer.network(image[None])[0]
+    # The sliding window accumulates logits in half precision.
+    torch.testing.assert_close(predicted.float(), expected, atol=5e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"patch_size": (96, 80), "strides": ((1, 1), *[(2, 2)] * 4)}, ANISOTROPIC],
+    ids=["2d", "anisotropic"],
+)
+def test_one_epoch_on_other_plans_unchanged(make_trainer, plan) -> None:
+    trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_1epochs1iters"), **plan)
+    trainer.run_training()
+    (loss,) = trainer.logger.get_value("train_losses", step=None)
+    assert np.isfinite(loss)
+    assert Path(trainer.output_folder, "checkpoint_final.pth").is_file()
+    if len(plan["patch_size"]) == 3:
+        stage = trainer.network.encoder.stages[0]
+        assert stage[0].branches[0][1].offset_axes == (1, 2)
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(make_trainer, monkeypatch) -> None:
+    trainer = make_trainer(nnUNetTrainerDeformUX)
+    trainer.initialize()
+    path = Path(trainer.output_folder, "checkpoint_latest.pth")
+    trainer.save_checkpoint(str(path))
+    complete = path.read_bytes()
+
+    def disk_full(checkpoint, filename) -> None:
+        Path(filename).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == complete
+    assert [p.name for p in path.parent.glob("checkpoint*")] == ["checkpoint_latest.pth"]
+
+
+def test_no_checkpoint_where_checkpointing_is_disabled(make_trainer) -> None:
+    trainer = make_trainer(nnUNetTrainerDeformUX)
+    trainer.initialize()
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
+    assert not list(Path(trainer.output_folder).glob("checkpoint*"))
+
+
+def test_memory_is_reported_beside_the_stock_networks_and_advice_given_when_short(make_trainer, monkeypatch) -> None:
+    monkeypatch.setattr(trainer_base, "_device_gigabytes", lambda device: 0.01)
+    trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_1epochs1iters"), (32, 32, 32))
+    trainer.on_train_start()
+    log = Path(trainer.log_file).read_text()
+    estimates = re.search(r"training: ([\d.]+) GB \(the plan's own network: ([\d.]+) GB\)", log)
+    needed, stock = map(float, estimates.groups())
+    assert needed > stock
+    assert "WARNING: that is more than the 0.0 GB of cpu" in log
+    assert "smaller batch_size" in log
+
+
+def test_out_of_memory_ends_with_advice(make_trainer, monkeypatch) -> None:
+    trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_1epochs1iters"))
+
+    def exhausted(batch) -> dict:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(trainer, "train_step", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)Tried to allocate 1 GiB.*smaller batch_size"):
+        trainer.run_training()

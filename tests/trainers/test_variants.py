@@ -1,0 +1,129 @@
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_deform import activation, trainers
+from nnunet_deform.trainers.base import AtomicCheckpoints
+from nnunet_deform.trainers.variants import find_trainer
+
+VARIANTS = [
+    "nnUNetTrainer_AdamW",
+    "nnUNetTrainer_AdamW_4epochs20iters_seed1",
+    "nnUNetTrainerDeformUX_3epochs",
+    "nnUNetTrainerDeformUX_seed0",
+    "nnUNetTrainerDeformUX_paper_2epochs3iters",
+    "nnUNetTrainerNoDeepSupervision_AdamW_7epochs_seed12",
+]
+
+
+@pytest.fixture(autouse=True)
+def _active(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
+
+
+@pytest.mark.parametrize("name", [*trainers.__all__, *VARIANTS])
+def test_nnunet_finds_the_same_picklable_class_each_time(name: str) -> None:
+    found = recursive_find_trainer_class_by_name(name)
+    assert found.__name__ == name
+    assert issubclass(found, nnUNetTrainer)
+    assert issubclass(found, AtomicCheckpoints)
+    assert recursive_find_trainer_class_by_name(name) is found
+    assert pickle.loads(pickle.dumps(found)) is found
+
+
+def test_another_process_unpickles_a_variant() -> None:
+    name = "nnUNetTrainerDeformUX_AdamW_2epochs3iters_seed5"
+    pickled = pickle.dumps(find_trainer(name))
+    code = f"import pickle; print(pickle.loads({pickled!r}).__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nnUNetTrainerNobody",
+        "nnUNetTrainerNobody_AdamW",
+        "nnUNetTrainer_seed1_AdamW",
+        "nnUNetTrainerDeformUX_4epochs_AdamW",
+        "nnUNetTrainerDeformUX_seed1_4epochs",
+        "nnUNetTrainerDeformUX_0epochs",
+        "nnUNetTrainerDeformUX_4epochs0iters",
+        "nnUNetTrainerDeformUX_20iters",
+        "nnUNetTrainerDeformUX_seed01",
+        "nnUNetTrainerDeformUX_seed",
+        "nnUNetTrainerDeformUX__AdamW",
+        "DeformUX_AdamW",
+    ],
+)
+def test_other_names_are_left_to_other_folders(name: str) -> None:
+    with pytest.raises(AttributeError, match=name.split("_")[0]):
+        find_trainer(name)
+
+
+def test_built_in_names_win() -> None:
+    assert recursive_find_trainer_class_by_name("nnUNetTrainer_5epochs").__module__.startswith("nnunetv2.")
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "iterations", "validation_iterations", "save_every"),
+    [
+        ("nnUNetTrainerDeformUX", 1000, 250, 50, 50),
+        ("nnUNetTrainerDeformUX_paper", 160, 250, 50, 50),
+        ("nnUNetTrainerDeformUX_3epochs", 3, 250, 50, 1),
+        ("nnUNetTrainerDeformUX_4epochs20iters", 4, 20, 4, 1),
+        ("nnUNetTrainerDeformUX_100epochs3iters", 100, 3, 1, 25),
+        ("nnUNetTrainer_1000epochs7iters_seed2", 1000, 7, 1, 50),
+        ("nnUNetTrainer_2000epochs", 2000, 250, 50, 50),
+    ],
+)
+def test_lengths(make_trainer, name, epochs, iterations, validation_iterations, save_every) -> None:
+    trainer = make_trainer(find_trainer(name))
+    assert trainer.num_epochs == epochs
+    assert trainer.num_iterations_per_epoch == iterations
+    assert trainer.num_val_iterations_per_epoch == validation_iterations
+    assert trainer.save_every == save_every
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup"),
+    [
+        ("nnUNetTrainer_AdamW", 10),
+        ("nnUNetTrainerDeformUX_AdamW_4epochs20iters", 0.4),
+        ("nnUNetTrainerDeformUX_AdamW_100epochs", 10),
+        ("nnUNetTrainerDeformUX_AdamW_2000epochs", 10),
+    ],
+)
+def test_adamw_recipe(make_trainer, name, warmup) -> None:
+    trainer = make_trainer(find_trainer(name))
+    trainer.initialize()
+    assert trainer.warmup_epochs == warmup
+    assert trainer.initial_lr == 5e-4
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    decayed, exempt = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (1e-4, 0.0)
+    names = {id(p): n for n, p in trainer.network.named_parameters()}
+    assert {names[id(p)] for p in exempt["params"]} == {n for n, p in trainer.network.named_parameters() if p.ndim <= 1}
+    assert len(decayed["params"]) + len(exempt["params"]) == len(names)
+
+
+def test_adamw_rate_changes_with_each_iteration(make_trainer) -> None:
+    trainer = make_trainer(find_trainer("nnUNetTrainer_AdamW_2epochs5iters"))
+    rates = []
+    stock_step = nnUNetTrainer.train_step
+
+    def record(self, batch):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return stock_step(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nnUNetTrainer, "train_step", record)
+        trainer.run_training()
+    # A warm-up of 0.2 epochs is one iteration: the first has the full rate, the tenth is the cosine's end.
+    cosine = [1e-6 + (5e-4 - 1e-6) * (1 + torch.cos(torch.tensor(torch.pi * i / 9)).item()) / 2 for i in range(10)]
+    assert rates == pytest.approx(cosine, rel=1e-6)
