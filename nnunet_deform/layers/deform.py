@@ -62,7 +62,8 @@ class DeformConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, channels // self.groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
         self.taps = math.prod(self.kernel_size)
-        self.offset_axes = _resolve_axes(offset_axes, self.kernel_size) if deformable else ()
+        axes = _resolve_axes(offset_axes, self.kernel_size)
+        self.offset_axes = axes if deformable else ()
         self.offset: nn.Module | None = None
         if self.offset_axes:
             branch_kernel = tuple(1 if k == 1 else offset_kernel for k in self.kernel_size)

@@ -149,7 +149,6 @@ class DeformUXEncoder(nn.Module):
         stages: Sequence[nn.Module],
     ) -> None:
         super().__init__()
-        self.memory_format = _CHANNELS_LAST[convert_conv_op_to_dim(conv_op)]
         self.stem = nn.Sequential(
             conv_op(input_channels, widths[0], tuple(stem_kernel), tuple(strides[0]), [k // 2 for k in stem_kernel]),
             ChannelLayerNorm(widths[0]),
@@ -168,7 +167,7 @@ class DeformUXEncoder(nn.Module):
             if level > 0:
                 z = self.downsamplings[level - 1](z)
             # Norms, matrix products and sampling all read whole voxels: channels last, they need no copies.
-            z = stage(z.contiguous(memory_format=self.memory_format))
+            z = stage(z.contiguous(memory_format=_CHANNELS_LAST[z.ndim - 2]))
             outputs.append(norm(z).contiguous())
         return outputs
 
@@ -292,6 +291,13 @@ class DeformUXNet(nn.Module):
             raise ValueError(
                 f"n_blocks_per_stage={n_blocks_per_stage} has {len(n_blocks)} values for {n_stages - 1} encoder stages."
             )
+        if min(n_blocks) < 0 or mlp_ratio < 1:
+            raise ValueError(
+                f"n_blocks_per_stage={n_blocks_per_stage} must be at least 0, mlp_ratio={mlp_ratio} at least 1."
+            )
+        if nonlin is None:
+            nonlin = nn.LeakyReLU
+            nonlin_kwargs = nonlin_kwargs or {"negative_slope": LEAKY_RELU_SLOPE, "inplace": True}
         if layer_scale_init == "auto":
             layer_scale_init = 1e-6 if block == "convnext" else None
 
@@ -302,8 +308,8 @@ class DeformUXNet(nn.Module):
             norm_op_kwargs=norm_op_kwargs or {},
             dropout_op=dropout_op,
             dropout_op_kwargs=dropout_op_kwargs or {},
-            nonlin=nonlin or nn.LeakyReLU,
-            nonlin_kwargs=nonlin_kwargs or {"negative_slope": LEAKY_RELU_SLOPE, "inplace": True},
+            nonlin=nonlin,
+            nonlin_kwargs=nonlin_kwargs or {},
         )
 
         def encoder_block(width: int, kernel: Sequence[int]) -> DeformUXBlock:
@@ -344,6 +350,9 @@ class DeformUXNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         size = x.shape[2:]
+        ndim = len(self.strides[0])
+        if len(size) != ndim:
+            raise ValueError(f"input has shape {tuple(x.shape)}; this network needs {ndim} spatial axes.")
         total_stride = [math.prod(along) for along in zip(*self.strides, strict=True)]
         missing = [-s % total for s, total in zip(size, total_stride, strict=True)]
         if any(missing):
@@ -410,5 +419,7 @@ def _check_topology(
     for name, per_stage in (("kernel_sizes", kernel_sizes), ("strides", strides)):
         if any(len(along) != ndim for along in per_stage):
             raise ValueError(f"{name}={per_stage} must have {ndim} values at each level, one for each axis.")
+    if any(k % 2 == 0 for along in kernel_sizes for k in along):
+        raise ValueError(f"kernel_sizes={kernel_sizes} must be odd, to keep the spatial size.")
     if any(step != 1 for step in strides[0]):
         raise ValueError(f"strides[0]={strides[0]} must be all ones: level 0 is full resolution.")

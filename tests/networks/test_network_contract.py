@@ -1,0 +1,270 @@
+"""What nnU-Net, and its users, may expect of every network: a new one is tested by being listed in NETWORKS."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from network_cases import (
+    ANISOTROPIC,
+    ISOTROPIC,
+    LARGE_PLANS,
+    SMALL_PLANS,
+    TWO_DIMENSIONAL,
+    TWO_LEVELS,
+    Plan,
+    as_list,
+    crop,
+    cropped_sizes,
+    deep_supervision_shapes,
+    kept_by_autograd,
+    stir,
+)
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunet_deform.networks import NETWORKS
+
+# What autograd keeps of nnU-Net's PlainConvUNet for each element that nnU-Net counts.
+STORED_PER_COUNTED = 1.85
+
+pytestmark = pytest.mark.parametrize("name", list(NETWORKS))
+small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
+
+
+@pytest.mark.parametrize("plan", [*LARGE_PLANS, *SMALL_PLANS, TWO_LEVELS], ids=str)
+def test_deep_supervision_shapes_are_nnunets(name: str, plan: Plan):
+    with torch.device("meta"):
+        network = plan.network(name, input_channels=2, num_classes=5, deep_supervision=True)
+        image = plan.image(batch=2, channels=2)
+        outputs = network(image)
+        assert isinstance(outputs, list)
+        assert [tuple(output.shape) for output in outputs] == [(2, 5, *size) for size in deep_supervision_shapes(plan)]
+        network.decoder.deep_supervision = False
+        assert tuple(network(image).shape) == (2, 5, *plan.patch)
+
+
+@small_plans
+def test_deep_supervision_is_switched_on_the_live_network(name: str, plan: Plan):
+    network = stir(plan.network(name, deep_supervision=True))
+    image = plan.image()
+    outputs = network(image)
+    assert len(outputs) == len(plan.strides) - 1
+    network.decoder.deep_supervision = False
+    single = network(image)
+    assert isinstance(single, torch.Tensor)
+    assert torch.equal(single, outputs[0])
+    network.decoder.deep_supervision = True
+    assert all(torch.equal(*pair) for pair in zip(network(image), outputs, strict=True))
+
+
+@small_plans
+@pytest.mark.parametrize("first", [True, False], ids=["on-to-off", "off-to-on"])
+def test_weights_load_with_and_without_deep_supervision(name: str, plan: Plan, first: bool):
+    one = stir(plan.network(name, deep_supervision=first))
+    other = plan.network(name, deep_supervision=not first)
+    other.load_state_dict(one.state_dict(), strict=True)
+    image = plan.image()
+    assert torch.equal(as_list(one(image))[0], as_list(other(image))[0])
+    one.decoder.deep_supervision = other.decoder.deep_supervision = True
+    assert all(torch.equal(*pair) for pair in zip(one(image), other(image), strict=True))
+
+
+@small_plans
+@pytest.mark.parametrize("deep_supervision", [True, False], ids=["ds", "no-ds"])
+def test_every_trained_parameter_gets_a_gradient(name: str, plan: Plan, deep_supervision: bool):
+    """Distributed training stops at a parameter without one."""
+    network = plan.network(name, deep_supervision=deep_supervision)
+    loss = sum((output * torch.randn_like(output)).mean() for output in as_list(network(plan.image(batch=2))))
+    loss.backward()
+    trained = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
+    if deep_supervision:
+        assert len(trained) == len(list(network.parameters()))
+    for key, parameter in trained.items():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.count_nonzero() > 0, key
+
+
+@small_plans
+def test_nnunet_builds_and_initialises_it_from_a_plan(name: str, plan: Plan):
+    arguments = {**plan.arguments, "conv_op": f"torch.nn.Conv{plan.ndim}d", "dropout_op": None}
+    network = get_network_from_plans(
+        f"nnunet_deform.networks.{name}", arguments, ["conv_op", "dropout_op"], 2, 4, True, deep_supervision=True
+    )
+    assert isinstance(network, NETWORKS[name])
+    image = plan.image(channels=2)
+    before = network(image)
+    assert all(output.isfinite().all() for output in before)
+    # A second initialisation draws other weights: it is the network's, not only its constructor's.
+    network.apply(network.initialize)
+    assert all(not torch.allclose(*pair) for pair in zip(before, network(image), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("plan", "size"),
+    [
+        (ISOTROPIC, (7, 9, 6)),
+        (ISOTROPIC, (8, 12, 5)),
+        (ANISOTROPIC, (3, 9, 14)),
+        (ANISOTROPIC, (5, 4, 8)),
+        (TWO_DIMENSIONAL, (17, 23)),
+        (TWO_LEVELS, (3, 5, 2)),
+    ],
+    ids=str,
+)
+def test_any_size_is_the_padded_input_cropped(name: str, plan: Plan, size: tuple[int, ...]):
+    network = stir(plan.network(name, deep_supervision=True)).double()
+    image = torch.randn(2, 1, *size, dtype=torch.float64)
+    padding: list[int] = []
+    for axis, length in enumerate(size):
+        total = 1
+        for stride in plan.strides:
+            total *= stride[axis]
+        padding = [0, -length % total, *padding]
+    assert any(padding)
+    whole = network(F.pad(image, padding))
+    outputs = network(image)
+    sizes = cropped_sizes(size, plan.strides)
+    assert [tuple(output.shape[2:]) for output in outputs] == sizes
+    for output, padded, level_size in zip(outputs, whole, sizes, strict=True):
+        torch.testing.assert_close(output, crop(padded, level_size), rtol=0, atol=1e-12)
+    network.decoder.deep_supervision = False
+    single = network(image)
+    assert single.shape[2:] == image.shape[2:]
+    torch.testing.assert_close(single, outputs[0], rtol=0, atol=1e-12)
+
+
+@small_plans
+def test_samples_do_not_see_each_other(name: str, plan: Plan):
+    network = stir(plan.network(name)).double()
+    images = plan.image(batch=3, dtype=torch.float64)
+    images[1] *= 50
+    together = network(images)
+    for sample in range(3):
+        alone = network(images[sample : sample + 1])[0]
+        torch.testing.assert_close(together[sample], alone, rtol=0, atol=1e-10)
+
+
+@small_plans
+def test_evaluation_is_deterministic_and_training_state_makes_no_difference(name: str, plan: Plan):
+    network = stir(plan.network(name))
+    image = plan.image()
+    training = network(image)
+    network.eval()
+    with torch.no_grad():
+        assert torch.equal(network(image), network(image))
+        assert torch.equal(network(image), training)
+
+
+def test_training_after_inference_mode(name: str):
+    """nnU-Net validates between epochs: nothing kept from that may reach the backward pass."""
+    network = ISOTROPIC.network(name)
+    image = ISOTROPIC.image()
+    with torch.inference_mode():
+        first = network(image).clone()
+    output = network(image)
+    output.square().mean().backward()
+    assert torch.equal(output, first)
+    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
+
+
+def test_a_training_step_lowers_the_loss(name: str):
+    network = TWO_DIMENSIONAL.network(name, deep_supervision=True)
+    image = TWO_DIMENSIONAL.image(batch=2)
+    target = (image[:, 0] > 0).long()
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(network(image)[0], target)
+
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    before = loss().item()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < 0.9 * before
+
+
+@small_plans
+def test_copies_give_the_same_output(name: str, plan: Plan):
+    network = stir(plan.network(name, deep_supervision=True))
+    image = plan.image()
+    expected = network(image)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert all(torch.equal(*pair) for pair in zip(twin(image), expected, strict=True))
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+    # Nothing is shared with the copies.
+    assert all(torch.equal(*pair) for pair in zip(network(image), expected, strict=True))
+
+
+def test_the_whole_network_is_saved_by_torch(name: str):
+    """torch.save pickles with protocol 2, which takes less than pickle's default."""
+    network = stir(ISOTROPIC.network(name))
+    image = ISOTROPIC.image()
+    saved = io.BytesIO()
+    torch.save(network, saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved, weights_only=False)(image), network(image))
+
+
+@small_plans
+def test_bfloat16_autocast_stays_close(name: str, plan: Plan):
+    network = stir(plan.network(name, deep_supervision=True), scale=0.1)
+    image = plan.image(batch=2)
+    exact = network(image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = network(image)
+    for half, full in zip(rounded, exact, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert half.isfinite().all()
+        error = (half.float() - full).square().mean().sqrt() / full.square().mean().sqrt()
+        # Bfloat16 has 8 bits; about twenty roundings in a row make a few per cent.
+        assert error < 0.04
+    sum(output.float().square().mean() for output in rounded).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+def test_compiles_as_one_graph(name: str):
+    torch.compiler.reset()
+    network = stir(ANISOTROPIC.network(name, deep_supervision=True))
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    image = ANISOTROPIC.image()
+
+    def outputs_and_gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+        outputs = as_list(module(image))
+        loss = sum(output.sin().mean() for output in outputs)
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
+
+    # As nnU-Net's trainer does it: off for validation, on again for the next epoch.
+    for deep_supervision in (True, False, True):
+        compiled._orig_mod.decoder.deep_supervision = deep_supervision
+        eager = outputs_and_gradients(network)
+        ours = outputs_and_gradients(compiled)
+        assert len(ours) == len(eager)
+        for one, other in zip(ours, eager, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_for_inference_at_a_size_that_needs_padding(name: str):
+    torch.compiler.reset()
+    network = stir(TWO_DIMENSIONAL.network(name)).eval()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    image = torch.randn(1, 1, 17, 14)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [ISOTROPIC, ANISOTROPIC, TWO_DIMENSIONAL], ids=str)
+def test_memory_estimate_is_near_what_autograd_keeps(name: str, plan: Plan):
+    network = plan.network(name, deep_supervision=True)
+    with kept_by_autograd(network) as kept:
+        network(plan.image())
+    estimate = network.compute_conv_feature_map_size(plan.patch)
+    assert isinstance(estimate, int)
+    assert estimate == pytest.approx(sum(kept) / STORED_PER_COUNTED, rel=0.05)
