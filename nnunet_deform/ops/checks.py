@@ -12,8 +12,11 @@ def spatial_argument(name: str, value: int | Sequence[int], ndim: int, minimum: 
 
     Raises:
         ValueError: the wrong number of values, or one below ``minimum``.
+        TypeError: a value that is no integer.
     """
-    values = [value] * ndim if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, (tuple, list)) else [value] * ndim
+    if not all(isinstance(v, int) for v in values):
+        raise TypeError(f"{name}={value!r} must be an integer, or a tuple of {ndim}.")
     if len(values) != ndim:
         raise ValueError(f"{name}={value} has {len(values)} values, but there are {ndim} axes; give one or {ndim}.")
     if any(v < minimum for v in values):

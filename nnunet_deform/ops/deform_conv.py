@@ -86,13 +86,17 @@ def _deform_conv(
     dilation = spatial_argument("dilation", dilation, ndim, 1)
     device = input.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        # As autocast does it: float64 stays what it is.
         dtype = torch.get_autocast_dtype(device)
-        input, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, weight))
-        bias = bias if bias is None else bias.to(input.dtype)
-        offset = offset if offset.dtype == torch.float64 else offset.float()
+        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        bias = bias if bias is None else _autocast(bias, dtype)
+        offset = _autocast(offset, torch.float32)
     check_deform_conv(input, offset, weight, bias, stride, padding, dilation)
     return torch.ops.nnunet_deform.deform_conv(input, offset, weight, bias, stride, padding, dilation)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As torch's autocast: float64 and integers stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 @torch.library.custom_op(

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -84,7 +85,7 @@ def backward(
         grad_weight[..., tap] = torch.einsum("bgov,bgcv->goc", grad_out, sample)
 
     return (
-        grad_volume.view_as(input).to(input.dtype) if needs[0] else None,
+        grad_volume[..., :-1].reshape(input.shape).to(input.dtype) if needs[0] else None,
         grad_offset.view_as(offset).to(offset.dtype) if needs[1] else None,
         grad_weight.view_as(weight).to(weight.dtype) if needs[2] else None,
         grad_out.sum((0, 3)).flatten().to(weight.dtype) if needs[3] else None,
@@ -92,9 +93,10 @@ def backward(
 
 
 def _by_deformable_group(input: Tensor, offset: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The input as [B, deformable groups G, C/G, voxels]."""
+    """The input as [B, deformable groups G, C/G, voxels + 1]; the last voxel is zero, what lies outside the volume."""
     offset_groups = offset.shape[1] // (len(kernel) * torch.Size(kernel).numel())
-    return input.double().reshape(input.shape[0], offset_groups, -1, input.shape[2:].numel())
+    volume = input.double().reshape(input.shape[0], offset_groups, -1, input.shape[2:].numel())
+    return F.pad(volume, (0, 1))
 
 
 def _positions(
@@ -129,9 +131,10 @@ def _corners(position: Sequence[Tensor], size: Sequence[int]) -> Iterator[tuple[
         for axis, s in enumerate(size):
             coordinate = floor[axis].long() + upper[axis]
             present = present & (coordinate >= 0) & (coordinate < s)
-            index = index * s + coordinate.clamp(0, s - 1)
+            index = index * s + coordinate
             factors.append(fraction[axis] if upper[axis] else 1 - fraction[axis])
             signs.append(1.0 if upper[axis] else -1.0)
+        index = torch.where(present, index, torch.Size(size).numel())
         interpolation = present.double()
         for factor in factors:
             interpolation = interpolation * factor

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one temporary: enough to fill a GPU, small enough that the temporaries of small stages stay in cache.
@@ -81,7 +82,7 @@ def backward(
                 grad_weight[tap] = mix.weight_gradient(grad_out, sample)
 
     if needs_input:
-        grad_input = sampler.as_feature_map(grad_rows.view(-1, input.shape[1]), input.shape[2:])
+        grad_input = sampler.as_feature_map(grad_rows[:-1].view(-1, input.shape[1]), input.shape[2:])
     return (
         grad_input.to(input.dtype) if needs_input else None,
         grad_offset.view_as(offset).to(offset.dtype) if needs_offset else None,
@@ -116,8 +117,10 @@ class _Sampler:
         self.groups = offset.shape[1] // (len(self.size) * self.taps)
         self.channels = input.shape[1]
         group_channels = self.channels // self.groups
-        # [B*voxels*G, C/G]
-        self.rows = input.movedim(1, -1).to(self.dtype).contiguous().view(-1, group_channels)
+        # [B*voxels*G + 1, C/G]. The last row is zero: what lies outside the volume. Weighing an arbitrary row with zero
+        # instead would make NaN of an infinite voxel.
+        rows = input.movedim(1, -1).reshape(-1, group_channels).to(self.dtype)
+        self.rows = F.pad(rows, (0, 0, 0, 1))
         self.offset = offset.to(self.dtype).reshape(self.batch, self.groups, self.taps, len(self.size), *self.out_size)
 
     def chunks(self) -> Iterator[range]:
@@ -137,7 +140,6 @@ class _Sampler:
         positions = [torch.where(inside, q, 0) for q in positions]
         floors = [q.floor() for q in positions]
         upper_factors = [q - floor for q, floor in zip(positions, floors, strict=True)]
-        # A corner outside the volume, or of a position outside (-1, size), weighs nothing and reads voxel 0.
         lower = [(floor >= 0) & inside for floor in floors]
         upper = [(floor < size - 1) & inside for floor, size in zip(floors, self.size, strict=True)]
         lower_index = [floor.long() for floor in floors]
@@ -148,14 +150,16 @@ class _Sampler:
         )
         for ends in itertools.product((0, 1), repeat=len(self.size)):
             row = sample[None, :, None]
+            all_present = inside
             present = [upper[axis] if end else lower[axis] for axis, end in enumerate(ends)]
             factors = [
                 torch.where(there, factor if end else 1 - factor, 0)
                 for there, factor, end in zip(present, upper_factors, ends, strict=True)
             ]
             for axis, end in enumerate(ends):
-                row = row * self.size[axis] + (lower_index[axis] + end).where(present[axis], 0)
-            row = row * self.groups + group
+                row = row * self.size[axis] + lower_index[axis] + end
+                all_present = all_present & present[axis]
+            row = torch.where(all_present, row * self.groups + group, len(self.rows) - 1)
             interpolation = factors[0]
             for factor in factors[1:]:
                 interpolation = interpolation * factor
