@@ -3,8 +3,8 @@
 A variant is a class like any other: importable from this module and picklable under its name, and nnU-Net finds it
 again when it predicts. The suffixes mean:
 
-- ``_AdamW``: our one second recipe, so that network and recipe can be told apart. AdamW at ``adamw_lr``, weight decay
-  1e-4 and none on norms and biases, linear warm-up over 10 epochs, cosine to 1e-6.
+- ``_AdamW``: our one second recipe, so that network and recipe can be told apart. AdamW at 1e-3, weight decay 1e-4 and
+  none on norms and biases, linear warm-up over 10 epochs, cosine to 1e-6.
 - ``_{N}epochs``: N epochs, a checkpoint every max(1, min(50, N // 4)), the warm-up at most N / 10 epochs;
   ``{M}iters``: M iterations in an epoch and max(1, M // 5) validation iterations.
 - ``_seed{S}``: python, numpy and torch are seeded before the network is built, and again at each epoch's start from
@@ -101,7 +101,7 @@ class AdamWRecipe(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = getattr(self, "adamw_lr", 5e-4)
+        self.initial_lr = 1e-3
         self.weight_decay = 1e-4
         self.warmup_epochs = 10
         self._iteration = 0

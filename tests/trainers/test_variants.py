@@ -103,7 +103,7 @@ def test_adamw_recipe(make_trainer, name, warmup) -> None:
     trainer = make_trainer(find_trainer(name))
     trainer.initialize()
     assert trainer.warmup_epochs == warmup
-    assert trainer.initial_lr == 5e-4
+    assert trainer.initial_lr == 1e-3
     assert isinstance(trainer.optimizer, torch.optim.AdamW)
     decayed, exempt = trainer.optimizer.param_groups
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (1e-4, 0.0)
@@ -125,5 +125,5 @@ def test_adamw_rate_changes_with_each_iteration(make_trainer) -> None:
         patch.setattr(nnUNetTrainer, "train_step", record)
         trainer.run_training()
     # A warm-up of 0.2 epochs is one iteration: the first has the full rate, the tenth is the cosine's end.
-    cosine = [1e-6 + (5e-4 - 1e-6) * (1 + torch.cos(torch.tensor(torch.pi * i / 9)).item()) / 2 for i in range(10)]
+    cosine = [1e-6 + (1e-3 - 1e-6) * (1 + torch.cos(torch.tensor(torch.pi * i / 9)).item()) / 2 for i in range(10)]
     assert rates == pytest.approx(cosine, rel=1e-6)
