@@ -2,8 +2,8 @@
 
 A trunk with subcutaneous fat and a spine holds a liver, a spleen and a kidney of varying pose and size; a vessel tree
 branches through the liver, which also carries one to four small lesions. Volumes are drawn on a finer grid and
-averaged, so borders show partial volume. Slices are two to three times as thick as pixels are wide, and both vary from
-case to case.
+averaged, so borders show partial volume. Slices are almost twice as thick as pixels are wide, and both vary from case
+to case.
 
 Lengths are in millimetres, in the order z (towards the head), y (towards the back), x, as in the arrays.
 """
@@ -142,9 +142,9 @@ def _distance_to_segment(point: np.ndarray, start: np.ndarray, end: np.ndarray) 
 
 def make_case(rng: np.random.Generator) -> PhantomCase:
     """Draw one case of about 24x40x40 voxels; every label occurs in it."""
-    spacing = np.array([rng.uniform(4.4, 5.2), *[rng.uniform(1.85, 2.15)] * 2])
+    spacing = np.array([rng.uniform(3.3, 3.9), *[rng.uniform(1.85, 2.15)] * 2])
     size = rng.uniform(0.94, 1.05)  # of the whole trunk
-    field = np.array([rng.uniform(106, 114), 76 * size, 76 * size])
+    field = np.array([rng.uniform(80, 88), 76 * size, 76 * size])
     shape = tuple(int(n) for n in np.round(field / spacing))
     canvas = _Canvas(shape, spacing)
 
@@ -159,18 +159,18 @@ def make_case(rng: np.random.Generator) -> PhantomCase:
             _rotation(rng, 12),
         )
 
-    canvas.ellipsoid("kidney", *pose((-22, 12, 16), (19, 7, 7), 2))
-    canvas.ellipsoid("spleen", *pose((14, 5, 20), (24, 13, 9), 2))
-    liver_centre, liver_radii, liver_rotation = pose((6, -2, -13), (36, 18, 17), 2)
+    canvas.ellipsoid("kidney", *pose((-17, 12, 16), (15, 7, 7), 2))
+    canvas.ellipsoid("spleen", *pose((11, 5, 20), (19, 13, 9), 2))
+    liver_centre, liver_radii, liver_rotation = pose((5, -2, -13), (29, 18, 17), 2)
     canvas.ellipsoid("liver", liver_centre, liver_radii, liver_rotation)
     # the left lobe, flat and in front, crosses the midline
-    canvas.ellipsoid("liver", *pose((14, -13, 4), (16, 8, 18), 2))
+    canvas.ellipsoid("liver", *pose((11, -13, 4), (13, 8, 18), 2))
 
     # The trunk of the tree enters from below, near the liver's hilum.
-    hilum = liver_centre + size * np.array([-22, 2, 10]) + rng.uniform(-2, 2, 3)
+    hilum = liver_centre + size * np.array([-18, 2, 10]) + rng.uniform(-2, 2, 3)
     inwards = liver_centre - hilum
     inwards /= np.linalg.norm(inwards)
-    tree = _vessel_tree(rng, hilum, inwards, rng.uniform(14, 17), rng.uniform(3.2, 3.8), _VESSEL_GENERATIONS)
+    tree = _vessel_tree(rng, hilum, inwards, rng.uniform(13, 16), rng.uniform(3.0, 3.6), _VESSEL_GENERATIONS)
     for index, (start, end, radius) in enumerate(tree):
         # only the trunk, the first segment, runs outside the liver
         canvas.tube("vessels", start, end, radius, over=("liver", "muscle") if index == 0 else ("liver",))
