@@ -74,6 +74,6 @@ def test_imports_only_go_downward(unpacked_wheel):
     # On the wheel, because only there trainers and plans lie inside the package.
     lint = [Path(sys.executable).with_name("lint-imports"), "--config", ROOT / "pyproject.toml", "--no-cache"]
     environment = {**os.environ, "PYTHONPATH": str(unpacked_wheel)}
-    result = subprocess.run(lint, env=environment, capture_output=True, text=True)
+    result = subprocess.run(lint, env=environment, cwd=unpacked_wheel, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Contracts: 2 kept, 0 broken." in result.stdout

@@ -60,10 +60,13 @@ elif name == "nnUNetv2_evaluate_folder":
     pathlib.Path("summary.json").write_text(json.dumps({"metric_per_case": cases}))
 """
 
+# A shell starts background jobs with SIGINT ignored, and children inherit that; the demo rightly leaves it so.
 DRIVER = """
-import sys
+import signal, sys
 from pathlib import Path
 from nnunet_deform.demo import run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 run._find_command = lambda name: str(Path(sys.argv[1], name))
 run._NUM_TRAIN, run._NUM_TEST, run._GRACE_S = 2, 1, 0.5
 run.run_demo(Path(sys.argv[2]))
@@ -103,10 +106,10 @@ def _running(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _assert_nothing_runs(fakes: Path) -> None:
-    pids = [int(pid) for pid in (fakes / "pids").read_text().split()]
-    assert len(pids) == 2
-    assert not any(_running(pid) for pid in pids)
+def _running_fakes(fakes: Path) -> list[int]:
+    """Which of the fake training and its worker still run."""
+    training, worker = (int(pid) for pid in (fakes / "pids").read_text().split())
+    return [pid for pid in (training, worker) if _running(pid)]
 
 
 def test_a_run_leaves_the_complete_folder_and_nothing_else(fakes, console, tmp_path, monkeypatch):
@@ -226,7 +229,7 @@ def test_a_failing_command_shows_its_end_and_leaves_nothing(fakes, console, tmp_
     with pytest.raises(DemoError, match=f"^nnUNetv2_train ended {how}"):
         run_demo(tmp_path / "out", console=console)
     assert list(tmp_path.iterdir()) == []
-    _assert_nothing_runs(fakes)
+    assert _running_fakes(fakes) == []
     shown = console.export_text()
     assert "train_loss 0.1000" in shown
     assert ("RuntimeError: the training [went] wrong" in shown) == (mode == "bad")
@@ -263,10 +266,26 @@ def test_an_interrupted_run_leaves_no_file_and_no_process(fakes, tmp_path, monke
     finally:
         driver.kill()
         driver.wait()
+        left_behind = _running_fakes(fakes)
+        for pid in left_behind:
+            os.kill(pid, signal.SIGKILL)
     assert list(tmp_path.rglob("*")) == ([target] if existed else [])
-    _assert_nothing_runs(fakes)
+    assert left_behind == []
 
 
+@pytest.fixture
+def default_signals():
+    """Python's own handlers, whatever this process has inherited."""
+    previous = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    }
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_signals")
 def test_signals_wait_for_the_end_of_a_held_block():
     reached = []
 
