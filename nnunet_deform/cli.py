@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nnunet_deform import __version__, activation
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 
 def _fail(message: str) -> typer.Exit:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/bold red] {message}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/bold red] {escape(message)}", highlight=False)
     return typer.Exit(1)
 
 
@@ -90,7 +91,7 @@ def status() -> None:
     _print_trainers(console, problems)
     _print_backends(console)
     for problem in problems:
-        console.print(f"[bold red]Problem:[/bold red] {problem}")
+        console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
     if problems:
         raise typer.Exit(1)
     console.print("[bold green]All is well:[/bold green] nnU-Net finds every trainer.")
@@ -142,7 +143,7 @@ def _print_backends(console: Console) -> None:
         try:
             chosen, _ = choose_backend(*tensors)
         except (ValueError, RuntimeError) as error:
-            table.add_row(device, "-", f"[red]{error}[/red]")
+            table.add_row(device, "-", f"[red]{escape(str(error))}[/red]")
             continue
         for name, reason in backends_for(*tensors).items():
             state = "used" if name == chosen else "available"

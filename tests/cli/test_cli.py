@@ -128,10 +128,10 @@ def test_status_when_not_active(run, pth):
 
 
 def test_status_when_a_path_points_nowhere(run, pth, monkeypatch):
-    monkeypatch.setenv(activation.VARIABLE, os.pathsep.join(["/nowhere/at/all", OURS]))
+    monkeypatch.setenv(activation.VARIABLE, os.pathsep.join(["/nowhere/at [all]", OURS]))
     result = run("status")
     assert result.exit_code == 1
-    assert "'/nowhere/at/all', which is not a folder" in result.output
+    assert "'/nowhere/at [all]', which is not a folder" in result.output
 
 
 def test_status_when_another_copy_shadows_ours(run, pth, monkeypatch, tmp_path):
