@@ -224,8 +224,17 @@ def test_bfloat16_autocast_stays_close(name: str, plan: Plan):
         error = (half.float() - full).square().mean().sqrt() / full.square().mean().sqrt()
         # Bfloat16 has 8 bits; about twenty roundings in a row make a few per cent.
         assert error < 0.04
-    sum(output.float().square().mean() for output in rounded).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    sum(output.square().mean() for output in exact).backward()
+    gradients = [parameter.grad.clone() for parameter in network.parameters()]
+    network.zero_grad()
+    # Without oneDNN: of torch 2.15 it reads memory it has not written for the bfloat16 gradient of a 3D convolution's
+    # weight where the depth is 2, on processors with AVX512-BF16.
+    with torch.backends.mkldnn.flags(enabled=False):
+        sum(output.float().square().mean() for output in rounded).backward()
+    whole = torch.cat([gradient.flatten() for gradient in gradients])
+    error = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]) - whole
+    # Measured 0.07 to 0.12; a wrong gradient is off by about 1.
+    assert error.norm() < 0.2 * whole.norm()
 
 
 def test_compiles_as_one_graph(name: str):
