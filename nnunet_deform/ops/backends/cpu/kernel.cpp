@@ -47,12 +47,12 @@ inline void forward_block(
         samples.corners(t, i, places);
         Vector<N> sample[M] = {};
         for (int c = 0; c < corners; ++c) {
-            const Vector<N> w = Vector<N>{} + samples.weight[t][c][i];
+            const float w = samples.weight[t][c][i];
             for (int m = 0; m < M; ++m) sample[m] += w * load<N>(input + places[c] + m * N);
         }
         for (int m = 0; m < M; ++m) total[m] += load<N>(weight + t * channels + m * N) * sample[m];
     }
-    for (int m = 0; m < M; ++m) store<N>(output + m * N, total[m]);
+    for (int m = 0; m < M; ++m) store(output + m * N, total[m]);
 }
 
 template <int AXES>
@@ -151,11 +151,12 @@ struct Backward {
         const int64_t taps = product(shape.kernel, AXES);
         const Tile<AXES> tile(shape, number);
         const int64_t in_begin = tile.item * voxels;
-        Item item{
+        const Item item{
             input + in_begin * channels,
             grad_input ? grad_input + in_begin * channels : nullptr,
             first - in_begin,
             last - in_begin,
+            channels / shape.groups,
         };
         const float* grad = grad_output + (tile.item * out_voxels + tile.begin) * channels;
         for (int64_t group = 0; group < shape.groups; ++group) {
@@ -180,14 +181,15 @@ struct Backward {
         float* grad_input;
         int64_t first;
         int64_t last;
+        int64_t group_channels;
 
         bool owns(int64_t voxel) const { return first <= voxel && voxel < last; }
     };
 
     void sample(
         const Samples<AXES>& samples, int t, int i, const Item& item, const float* grad, float (*dots)[kTile]) {
-        const int64_t per_group = shape.channels / shape.groups;
-        const int64_t begin = samples.group * per_group;
+        const int64_t begin = samples.group * item.group_channels;
+        const int64_t end = begin + item.group_channels;
         const int64_t tap = (samples.first_tap + t) * shape.channels;
         int64_t places[kCorners];
         samples.corners(t, i, places);
@@ -202,7 +204,7 @@ struct Backward {
         float* gw = grad_weight.length ? grad_weight.recent + tap : nullptr;
 
         if (read) {
-            by_width(begin, begin + per_group, [&](auto width, int64_t from, int64_t to) {
+            by_width(begin, end, [&](auto width, int64_t from, int64_t to) {
                 constexpr int n = decltype(width)::value;
                 float sums[kCorners];
                 if (whole) {
@@ -216,9 +218,9 @@ struct Backward {
         if (item.grad_input && !whole) {
             for (int c = 0; c < kCorners; c += 2) {
                 int64_t row = samples.voxel[t][i];
-                for (int a = 0; a < AXES - 1; ++a) row += upper(c, a, AXES) * samples.step[t][a][i];
+                for (int a = 0; a < AXES - 1; ++a) row += end_of(c, a, AXES) * samples.step[t][a][i];
                 if (!item.owns(row)) continue;
-                by_width(begin, begin + per_group, [&](auto width, int64_t from, int64_t to) {
+                by_width(begin, end, [&](auto width, int64_t from, int64_t to) {
                     scatter<decltype(width)::value>(item, places + c, weights + c, from, to, grad, weight + tap);
                 });
             }
@@ -231,23 +233,28 @@ struct Backward {
     void gather(
         const Item& item, const int64_t* places, const float* weights, int64_t from, int64_t to, const float* grad,
         const float* weight, float* grad_weight, float* sums) {
-        Vector<N> products[kCorners] = {};
-        for (int64_t channel = from; channel < to; channel += N) {
-            const Vector<N> g = load<N>(grad + channel);
-            const Vector<N> grad_sample = g * load<N>(weight + channel);
-            Vector<N> sample = {};
-            for (int c = 0; c < kCorners; ++c) {
-                const Vector<N> corner = load<N>(item.input + places[c] + channel);
-                products[c] += grad_sample * corner;
-                sample += weights[c] * corner;
-                if constexpr (SCATTER) {
-                    float* to = item.grad_input + places[c] + channel;
-                    store<N>(to, load<N>(to) + weights[c] * grad_sample);
+        constexpr int at_once = kLanes == 16 ? kCorners : 4;  // as many as there are registers for
+        for (int first = 0; first < kCorners; first += at_once) {
+            Vector<N> products[at_once] = {};
+            for (int64_t channel = from; channel < to; channel += N) {
+                const Vector<N> g = load<N>(grad + channel);
+                const Vector<N> grad_sample = g * load<N>(weight + channel);
+                Vector<N> sample = {};
+                for (int c = 0; c < at_once; ++c) {
+                    const int64_t place = places[first + c] + channel;
+                    const Vector<N> corner = load<N>(item.input + place);
+                    products[c] += grad_sample * corner;
+                    sample += weights[first + c] * corner;
+                    if constexpr (SCATTER) {
+                        store(
+                            item.grad_input + place,
+                            load<N>(item.grad_input + place) + weights[first + c] * grad_sample);
+                    }
                 }
+                if (grad_weight) store(grad_weight + channel, load<N>(grad_weight + channel) + g * sample);
             }
-            if (grad_weight) store<N>(grad_weight + channel, load<N>(grad_weight + channel) + g * sample);
+            for (int c = 0; c < at_once; ++c) sums[first + c] = sum<N>(products[c]);
         }
-        for (int c = 0; c < kCorners; ++c) sums[c] = sum<N>(products[c]);
     }
 
     // What a sample adds to the input's gradient at the two corners of one row.
@@ -259,7 +266,7 @@ struct Backward {
             const Vector<N> grad_sample = load<N>(grad + channel) * load<N>(weight + channel);
             for (int c = 0; c < 2; ++c) {
                 float* to = item.grad_input + places[c] + channel;
-                store<N>(to, load<N>(to) + weights[c] * grad_sample);
+                store(to, load<N>(to) + weights[c] * grad_sample);
             }
         }
     }
@@ -269,17 +276,15 @@ struct Backward {
         const int64_t out_voxels = product(shape.out_size, AXES);
         const int64_t offset_channels = shape.groups * product(shape.kernel, AXES) * AXES;
         const Tile<AXES>& tile = samples.tile;
-        for (int t = 0; t < samples.taps; ++t) {
-            float gradient[AXES][kTile];
-            samples.offset_gradient(offset, t, dots[t], gradient);
-            for (int a = 0; a < AXES; ++a) {
-                const int64_t channel = tile.item * offset_channels + samples.offset_channel(t, a);
-                float* to = grad_offset + channel * out_voxels + tile.begin;
-                for (int i = 0; i < tile.count; ++i) {
-                    if (item.owns(samples.voxel[t][i])) to[i] = gradient[a][i];
-                }
+        samples.for_offset_gradients(offset, dots, [&](int t, int i, int axis, const Vector<kLanes>& gradient) {
+            const int64_t channel = tile.item * offset_channels + samples.offset_channel(t, axis);
+            float* to = grad_offset + channel * out_voxels + tile.begin + i;
+            float lanes[kLanes];
+            store(lanes, gradient);
+            for (int lane = 0; lane < kLanes && i + lane < tile.count; ++lane) {
+                if (item.owns(samples.voxel[t][i + lane])) to[lane] = lanes[lane];
             }
-        }
+        });
     }
 };
 
@@ -294,30 +299,22 @@ Reach reach_of(const DeformConvShape& shape, const float* offset, int64_t number
     const Tile<AXES> tile(shape, number);
     const int64_t taps = product(shape.kernel, AXES);
     const int64_t taps_of_plane = taps / shape.kernel[0];
-    int32_t first[kTile], last[kTile];
-    for (int i = 0; i < kTile; ++i) {
-        first[i] = static_cast<int32_t>(shape.size[0]);
-        last[i] = 0;
-    }
+    int32_t first = static_cast<int32_t>(shape.size[0]);
+    int32_t last = 0;
     for (int64_t channel = 0; channel < shape.groups * taps; ++channel) {
         float o[kTile];
         tile.load_offset(shape, offset, channel * AXES, o);
-        Coordinate along;
-        const int64_t place = channel % taps / taps_of_plane;
-        along.locate(
-            o, tile.regular[0], limited(place * shape.dilation[0]), static_cast<int32_t>(shape.size[0]));
+        const int32_t place = limited(channel % taps / taps_of_plane * shape.dilation[0]);
         for (int i = 0; i < kTile; ++i) {
-            first[i] = along.lower[i] < first[i] ? along.lower[i] : first[i];
-            last[i] = along.lower[i] + along.step[i] > last[i] ? along.lower[i] + along.step[i] : last[i];
+            const Coordinate<1> along(o[i], tile.regular[0][i], place, static_cast<int32_t>(shape.size[0]));
+            const int32_t upper = along.lower + along.step;
+            first = along.lower < first ? along.lower : first;
+            last = upper > last ? upper : last;
         }
-    }
-    for (int i = 1; i < kTile; ++i) {
-        first[0] = first[i] < first[0] ? first[i] : first[0];
-        last[0] = last[i] > last[0] ? last[i] : last[0];
     }
     const int64_t plane = product(shape.size, AXES) / shape.size[0];
     const int64_t begin = tile.item * shape.size[0];
-    return {(begin + first[0]) * plane, (begin + last[0] + 1) * plane};
+    return {(begin + first) * plane, (begin + last + 1) * plane};
 }
 
 // Memory for plain numbers, zero at first and null when there is none.

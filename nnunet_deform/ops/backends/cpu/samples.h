@@ -2,6 +2,7 @@
 #pragma once
 
 #include "deform_conv.h"
+#include "vectors.h"
 
 namespace {
 
@@ -79,42 +80,43 @@ struct Tile {
     }
 };
 
-// One coordinate of a tap's positions in a tile. Cell and fraction are those of the offset alone, and the regular grid
-// is added as an integer: the fraction is as exact at voxel 500 as at voxel 0.
+// One coordinate of N positions of a tap. Cell and fraction are those of the offset alone, and the regular grid is added
+// as an integer: the fraction is as exact at voxel 500 as at voxel 0.
+template <int N>
 struct Coordinate {
-    int32_t lower[kTile];     // voxel at the lower end of the cell, or the nearest in the volume
-    int32_t step[kTile];      // 1, or 0 where that is also the voxel at the upper end
-    int32_t inside[kTile];    // the position is in (-1, size)
-    float factor[2][kTile];   // interpolation weight of the lower and of the upper end
-    float present[2][kTile];  // 0 where that end is not in the volume or the position not inside, and so is factor
+    Integers<N> lower;    // voxel at the lower end of the cell, or the nearest in the volume
+    Integers<N> step;     // 1, or 0 where that is also the voxel at the upper end
+    Integers<N> inside;   // 1 where the position is in (-1, size)
+    Vector<N> factor[2];  // interpolation weight of the lower and of the upper end
+    Vector<N> slope[2];   // its derivative; both are 0 where that end is not in the volume or the position not inside
 
-    void locate(const float* offset, const int32_t* regular, int32_t place, int32_t size) {
-        for (int i = 0; i < kTile; ++i) {
-            const bool near = offset[i] > -static_cast<float>(kFar) && offset[i] < static_cast<float>(kFar);
-            const float o = near ? offset[i] : 0;  // a huge number, or none at all, has no defined integer
-            const int32_t truncated = static_cast<int32_t>(o);
-            const int32_t floor = truncated - (static_cast<float>(truncated) > o ? 1 : 0);
-            const float fraction = o - static_cast<float>(floor);
-            const int32_t cell = regular[i] + place + floor;
+    Coordinate(const Vector<N>& offset, const Integers<N>& regular, int32_t place, int32_t size) {
+        const Vector<N> zero = {}, one = all<N>(1.0f), far = all<N>(static_cast<float>(kFar));
+        const Integers<N> no = {}, yes = all<N>(1), end = all<N>(size - 1);
 
-            const bool in = near && cell < size && (cell >= 0 || (cell == -1 && fraction > 0));
-            const bool has_lower = in && cell >= 0;
-            const bool has_upper = in && cell < size - 1;
-            lower[i] = cell < 0 ? 0 : cell < size ? cell : size - 1;
-            step[i] = has_lower && has_upper ? 1 : 0;
-            inside[i] = in ? 1 : 0;
-            factor[0][i] = has_lower ? 1 - fraction : 0;
-            factor[1][i] = has_upper ? fraction : 0;
-            present[0][i] = has_lower ? 1 : 0;
-            present[1][i] = has_upper ? 1 : 0;
-        }
+        const auto near = (offset > -far) & (offset < far);  // false of what is not a number
+        const Vector<N> o = where(near, offset, zero);
+        const Integers<N> toward_zero = truncated<N>(o);
+        const Integers<N> floor = toward_zero - where(as_floats<N>(toward_zero) > o, yes, no);
+        const Vector<N> fraction = o - as_floats<N>(floor);
+        const Integers<N> cell = regular + place + floor;
+
+        const auto has_lower = near & (cell >= no) & (cell <= end);
+        const auto has_upper = near & (cell >= -yes) & (cell < end) & ((cell >= no) | (fraction > zero));
+        inside = where(has_lower | has_upper, yes, no);
+        lower = where(cell < no, no, where(cell > end, end, cell));
+        step = where(has_lower & has_upper, yes, no);
+        factor[0] = where(has_lower, one - fraction, zero);
+        factor[1] = where(has_upper, fraction, zero);
+        slope[0] = where(has_lower, -one, zero);
+        slope[1] = where(has_upper, one, zero);
     }
 };
 
-inline int upper(int corner, int axis, int axes) { return corner >> (axes - 1 - axis) & 1; }
+// Which end of the cell a corner is at along an axis: the bits of a corner's number, the last axis lowest.
+constexpr int end_of(int corner, int axis, int axes) { return corner >> (axes - 1 - axis) & 1; }
 
-// The positions of up to kTaps taps of one deformable group in a tile. A cell has 2^n corners; the bits of a corner's
-// number say for each axis, the last one lowest, which end it is.
+// The positions of up to kTaps taps of one deformable group in a tile.
 template <int AXES>
 struct Samples {
     static constexpr int kCorners = 1 << AXES;
@@ -125,83 +127,95 @@ struct Samples {
     int64_t first_tap;
     int taps;
     int32_t inside[kTaps][kTile];
-    int32_t voxel[kTaps][kTile];            // the lowest corner
-    int32_t step[kTaps][AXES][kTile];       // from a lower to an upper corner, in voxels
-    float weight[kTaps][kCorners][kTile];   // of each corner; all 0 when not inside
+    int32_t voxel[kTaps][kTile];           // the lowest corner
+    int32_t step[kTaps][AXES][kTile];      // from a lower to an upper corner, in voxels
+    float weight[kTaps][kCorners][kTile];  // of each corner; all 0 when not inside
 
     Samples(const DeformConvShape& shape, const Tile<AXES>& tile, const float* offset, int64_t group, int64_t first_tap)
         : shape(shape), tile(tile), group(group), first_tap(first_tap) {
         const int64_t left = product(shape.kernel, AXES) - first_tap;
         taps = static_cast<int>(left < kTaps ? left : kTaps);
-        Counter<AXES> place(shape.kernel, first_tap);
-        for (int t = 0; t < taps; ++t, place.next()) {
-            Coordinate along[AXES];
-            locate(offset, t, place, along);
-            for (int i = 0; i < kTile; ++i) {
-                int32_t all = 1, lowest = 0;
-                for (int a = 0; a < AXES; ++a) {
-                    all &= along[a].inside[i];
-                    lowest = lowest * static_cast<int32_t>(shape.size[a]) + along[a].lower[i];
-                }
-                inside[t][i] = all;
-                voxel[t][i] = lowest;
+        for_positions(offset, [&](int t, int i, const Coordinate<kLanes>* along) {
+            Integers<kLanes> all_inside = along[0].inside, lowest = along[0].lower;
+            for (int a = 1; a < AXES; ++a) {
+                all_inside &= along[a].inside;
+                lowest = lowest * static_cast<int32_t>(shape.size[a]) + along[a].lower;
             }
+            store(&inside[t][i], all_inside);
+            store(&voxel[t][i], lowest);
             int32_t voxels = 1;
             for (int a = AXES - 1; a >= 0; --a) {
-                for (int i = 0; i < kTile; ++i) step[t][a][i] = along[a].step[i] * voxels;
+                store(&step[t][a][i], along[a].step * voxels);
                 voxels *= static_cast<int32_t>(shape.size[a]);
             }
             for (int c = 0; c < kCorners; ++c) {
-                for (int i = 0; i < kTile; ++i) {
-                    float w = 1;
-                    for (int a = 0; a < AXES; ++a) w *= along[a].factor[upper(c, a, AXES)][i];
-                    weight[t][c][i] = w;
+                Vector<kLanes> w = along[0].factor[end_of(c, 0, AXES)];
+                for (int a = 1; a < AXES; ++a) w *= along[a].factor[end_of(c, a, AXES)];
+                store(&weight[t][c][i], w);
+            }
+        });
+    }
+
+    // Calls use(t, i, axis, gradient) with the offset gradient of tap t at the voxels i to i + kLanes, given for each
+    // corner the product of its values and the samples' gradients, summed over the channels.
+    template <typename F>
+    void for_offset_gradients(const float* offset, const float (*dots)[kCorners][kTile], const F& use) const {
+        for_positions(offset, [&](int t, int i, const Coordinate<kLanes>* along) {
+            for (int a = 0; a < AXES; ++a) {
+                Vector<kLanes> gradient = {};
+                for (int c = 0; c < kCorners; ++c) {
+                    Vector<kLanes> slope = along[a].slope[end_of(c, a, AXES)];
+                    for (int b = 0; b < AXES; ++b) {
+                        if (b != a) slope *= along[b].factor[end_of(c, b, AXES)];
+                    }
+                    gradient += slope * load<kLanes>(&dots[t][c][i]);
                 }
+                use(t, i, a, gradient);
+            }
+        });
+    }
+
+    // The corners of one sample as places in a channels-last feature map, in floats.
+    void corners(int t, int i, int64_t (&places)[kCorners]) const {
+        const int64_t lowest = voxel[t][i] * shape.channels;
+        for (int c = 0; c < kCorners; ++c) {
+            places[c] = lowest;
+            for (int a = 0; a < AXES; ++a) {
+                if (end_of(c, a, AXES)) places[c] += step[t][a][i] * shape.channels;
             }
         }
     }
 
-    // The channel of the offset that moves a tap along an axis.
+    // The channel of the offset that moves tap t along an axis.
     int64_t offset_channel(int t, int axis) const {
         return (group * product(shape.kernel, AXES) + first_tap + t) * AXES + axis;
     }
 
-    void locate(const float* offset, int t, const Counter<AXES>& place, Coordinate* along) const {
-        for (int a = 0; a < AXES; ++a) {
-            float o[kTile];
-            tile.load_offset(shape, offset, offset_channel(t, a), o);
-            along[a].locate(
-                o, tile.regular[a], limited(place.at[a] * shape.dilation[a]), static_cast<int32_t>(shape.size[a]));
-        }
-    }
-
-    // Offset gradient [AXES][kTile] of tap t, from the products of corners and gradient summed over the channels.
-    void offset_gradient(const float* offset, int t, const float (*dots)[kTile], float (*gradient)[kTile]) const {
-        Coordinate along[AXES];
-        locate(offset, t, Counter<AXES>(shape.kernel, first_tap + t), along);
-        for (int a = 0; a < AXES; ++a) {
-            for (int i = 0; i < kTile; ++i) gradient[a][i] = 0;
-            for (int c = 0; c < kCorners; ++c) {
-                for (int i = 0; i < kTile; ++i) {
-                    float slope = upper(c, a, AXES) ? along[a].present[1][i] : -along[a].present[0][i];
-                    for (int b = 0; b < AXES; ++b) {
-                        if (b != a) slope *= along[b].factor[upper(c, b, AXES)][i];
-                    }
-                    gradient[a][i] += slope * dots[c][i];
+   private:
+    // Calls use(t, i, coordinates) for every tap and the voxels i to i + kLanes.
+    template <typename F>
+    void for_positions(const float* offset, const F& use) const {
+        Counter<AXES> place(shape.kernel, first_tap);
+        for (int t = 0; t < taps; ++t, place.next()) {
+            float o[AXES][kTile];
+            for (int a = 0; a < AXES; ++a) tile.load_offset(shape, offset, offset_channel(t, a), o[a]);
+            for (int i = 0; i < kTile; i += kLanes) {
+                if constexpr (AXES == 2) {
+                    const Coordinate<kLanes> along[] = {coordinate(o, place, 0, i), coordinate(o, place, 1, i)};
+                    use(t, i, along);
+                } else {
+                    const Coordinate<kLanes> along[] = {
+                        coordinate(o, place, 0, i), coordinate(o, place, 1, i), coordinate(o, place, 2, i)};
+                    use(t, i, along);
                 }
             }
         }
     }
 
-    // The corners of one sample as places in a channels-last feature map, in floats.
-    void corners(int t, int i, int64_t* places) const {
-        places[0] = voxel[t][i] * shape.channels;
-        int known = 1;
-        for (int a = AXES - 1; a >= 0; --a) {
-            const int64_t further = step[t][a][i] * shape.channels;
-            for (int c = 0; c < known; ++c) places[known + c] = places[c] + further;
-            known *= 2;
-        }
+    Coordinate<kLanes> coordinate(const float (*offset)[kTile], const Counter<AXES>& place, int axis, int i) const {
+        return {
+            load<kLanes>(&offset[axis][i]), load<kLanes>(&tile.regular[axis][i]),
+            limited(place.at[axis] * shape.dilation[axis]), static_cast<int32_t>(shape.size[axis])};
     }
 };
 

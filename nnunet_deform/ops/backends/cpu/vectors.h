@@ -1,9 +1,10 @@
-// Vectors of N floats: GCC's and Clang's vector extension, or single floats where the compiler has none.
+// Vectors of N floats or integers: GCC's and Clang's vector extension, or single numbers where the compiler has none.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace {
 
@@ -17,27 +18,30 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-template <int N>
+template <typename T, int N>
 struct VectorOf {
-    typedef float type __attribute__((vector_size(N * sizeof(float))));
+    typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
 
 #else
 
 constexpr int kLanes = 1;
 
-template <int N>
+template <typename T, int N>
 struct VectorOf;
 
 #endif
 
-template <>
-struct VectorOf<1> {
-    typedef float type;
+template <typename T>
+struct VectorOf<T, 1> {
+    typedef T type;
 };
 
 template <int N>
-using Vector = typename VectorOf<N>::type;
+using Vector = typename VectorOf<float, N>::type;
+
+template <int N>
+using Integers = typename VectorOf<int32_t, N>::type;
 
 template <int N>
 inline Vector<N> load(const float* from) {
@@ -47,8 +51,60 @@ inline Vector<N> load(const float* from) {
 }
 
 template <int N>
-inline void store(float* to, const Vector<N>& v) {
+inline Integers<N> load(const int32_t* from) {
+    Integers<N> v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <typename T, typename V>
+inline void store(T* to, const V& v) {
     std::memcpy(to, &v, sizeof v);
+}
+
+template <int N>
+inline Vector<N> all(float value) {
+    return value - Vector<N>{};
+}
+
+template <int N>
+inline Integers<N> all(int32_t value) {
+    return value - Integers<N>{};
+}
+
+// Lane by lane; mask is what a comparison gives.
+template <typename M, typename V>
+inline V where(const M& mask, const V& yes, const V& no) {
+    return mask ? yes : no;
+}
+
+// Towards zero; only of numbers that an int32_t can hold.
+template <int N>
+inline Integers<N> truncated(const Vector<N>& v) {
+    if constexpr (N == 1) {
+        return static_cast<int32_t>(v);
+    } else {
+        return __builtin_convertvector(v, Integers<N>);
+    }
+}
+
+template <int N>
+inline Vector<N> as_floats(const Integers<N>& v) {
+    if constexpr (N == 1) {
+        return static_cast<float>(v);
+    } else {
+        return __builtin_convertvector(v, Vector<N>);
+    }
+}
+
+// The lanes from FIRST on, half as many. By subscripts: a copy of bytes would keep the vector in memory.
+template <int N, int FIRST, int... I>
+inline Vector<N / 2> half(const Vector<N>& v, std::integer_sequence<int, I...>) {
+    if constexpr (N == 2) {
+        return v[FIRST];
+    } else {
+        return Vector<N / 2>{v[FIRST + I]...};
+    }
 }
 
 template <int N>
@@ -56,10 +112,8 @@ inline float sum(const Vector<N>& v) {
     if constexpr (N == 1) {
         return v;
     } else {
-        Vector<N / 2> low, high;
-        std::memcpy(&low, &v, sizeof low);
-        std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-        return sum<N / 2>(low + high);
+        using Lanes = std::make_integer_sequence<int, N / 2>;
+        return sum<N / 2>(half<N, 0>(v, Lanes()) + half<N, N / 2>(v, Lanes()));
     }
 }
 
