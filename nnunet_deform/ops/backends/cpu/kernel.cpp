@@ -307,7 +307,7 @@ Reach reach_of(const DeformConvShape& shape, const float* offset, int64_t number
         const int32_t place = limited(channel % taps / taps_of_plane * shape.dilation[0]);
         for (int i = 0; i < kTile; ++i) {
             const Coordinate<1> along(o[i], tile.regular[0][i], place, static_cast<int32_t>(shape.size[0]));
-            const int32_t upper = along.lower + along.step;
+            const int32_t upper = along.lower - along.step;
             first = along.lower < first ? along.lower : first;
             last = upper > last ? upper : last;
         }

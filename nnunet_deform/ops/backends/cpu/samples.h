@@ -4,16 +4,19 @@
 #include "deform_conv.h"
 #include "vectors.h"
 
+#include <cstring>
+
 namespace {
 
 constexpr int kTile = 16;  // neighbouring output voxels whose positions are computed together
 constexpr int kTaps = 9;   // and how many of their taps: few enough for the first-level cache
 
-// Numbers beyond this are far outside any volume; the sum of three within it fits an int32_t.
-constexpr int32_t kFar = 1 << 29;
+// More voxels than any volume has (the caller sees to that). Twice this and two numbers limited to it, regular grid and
+// place in the kernel, still add up in an int32_t, and to a voxel outside.
+constexpr int32_t kMostVoxels = 1 << 29;
 
 inline int32_t limited(int64_t place) {
-    return static_cast<int32_t>(place < -kFar ? -kFar : place > kFar ? kFar : place);
+    return static_cast<int32_t>(place <= -kMostVoxels ? 1 - kMostVoxels : place >= kMostVoxels ? kMostVoxels - 1 : place);
 }
 
 inline int64_t product(const int64_t* sizes, int64_t axes) {
@@ -73,7 +76,10 @@ struct Tile {
         const float* from =
             offset + item * shape.offset_batch_stride + channel * shape.offset_channel_stride + begin * stride;
         if (count == kTile && stride == 1) {
-            for (int i = 0; i < kTile; ++i) to[i] = from[i];
+            std::memcpy(to, from, kTile * sizeof(float));
+#if defined(__GNUC__)
+            __builtin_prefetch(from + kTile);  // the next tile's: there are more channels than hardware follows
+#endif
         } else {
             for (int i = 0; i < kTile; ++i) to[i] = from[(i < count ? i : count - 1) * stride];
         }
@@ -85,31 +91,33 @@ struct Tile {
 template <int N>
 struct Coordinate {
     Integers<N> lower;    // voxel at the lower end of the cell, or the nearest in the volume
-    Integers<N> step;     // 1, or 0 where that is also the voxel at the upper end
-    Integers<N> inside;   // 1 where the position is in (-1, size)
+    Integers<N> step;     // all bits where the upper end is the next voxel, none where it is not in the volume
+    Integers<N> inside;   // all bits where the position is in (-1, size)
     Vector<N> factor[2];  // interpolation weight of the lower and of the upper end
     Vector<N> slope[2];   // its derivative; both are 0 where that end is not in the volume or the position not inside
 
     Coordinate(const Vector<N>& offset, const Integers<N>& regular, int32_t place, int32_t size) {
-        const Vector<N> zero = {}, one = all<N>(1.0f), far = all<N>(static_cast<float>(kFar));
-        const Integers<N> no = {}, yes = all<N>(1), end = all<N>(size - 1);
+        const Vector<N> zero = {}, one = all<N>(1.0f), far = all<N>(2.0f * kMostVoxels);
+        const Integers<N> no = {}, yes = all<N>(-1), end = all<N>(size - 1);
 
-        const auto near = (offset > -far) & (offset < far);  // false of what is not a number
-        const Vector<N> o = where(near, offset, zero);
+        const Vector<N> limited_above = where(offset < far, offset, far);  // so is what is not a number
+        const Vector<N> o = where(limited_above > -far, limited_above, -far);
         const Integers<N> toward_zero = truncated<N>(o);
-        const Integers<N> floor = toward_zero - where(as_floats<N>(toward_zero) > o, yes, no);
+        const Integers<N> floor = toward_zero + where(as_floats<N>(toward_zero) > o, yes, no);
         const Vector<N> fraction = o - as_floats<N>(floor);
         const Integers<N> cell = regular + place + floor;
 
-        const auto has_lower = near & (cell >= no) & (cell <= end);
-        const auto has_upper = near & (cell >= -yes) & (cell < end) & ((cell >= no) | (fraction > zero));
-        inside = where(has_lower | has_upper, yes, no);
-        lower = where(cell < no, no, where(cell > end, end, cell));
-        step = where(has_lower & has_upper, yes, no);
-        factor[0] = where(has_lower, one - fraction, zero);
-        factor[1] = where(has_upper, fraction, zero);
-        slope[0] = where(has_lower, -one, zero);
-        slope[1] = where(has_upper, one, zero);
+        const Integers<N> has_lower = where(cell > yes, yes, no) & where(cell > end, no, yes);
+        const Integers<N> has_upper =
+            where(end > cell, yes, no) & where(cell < yes, no, yes) & (has_lower | where(fraction > zero, yes, no));
+        inside = has_lower | has_upper;
+        step = has_lower & has_upper;
+        const Integers<N> not_below = where(cell > no, cell, no);
+        lower = where(not_below < end, not_below, end);
+        factor[0] = where(has_lower != no, one - fraction, zero);
+        factor[1] = where(has_upper != no, fraction, zero);
+        slope[0] = where(has_lower != no, -one, zero);
+        slope[1] = where(has_upper != no, one, zero);
     }
 };
 
@@ -145,7 +153,7 @@ struct Samples {
             store(&voxel[t][i], lowest);
             int32_t voxels = 1;
             for (int a = AXES - 1; a >= 0; --a) {
-                store(&step[t][a][i], along[a].step * voxels);
+                store(&step[t][a][i], along[a].step & voxels);
                 voxels *= static_cast<int32_t>(shape.size[a]);
             }
             for (int c = 0; c < kCorners; ++c) {
