@@ -156,6 +156,7 @@ struct Backward {
             grad_input ? grad_input + in_begin * channels : nullptr,
             first - in_begin,
             last - in_begin,
+            first <= in_begin && in_begin + voxels <= last,
             channels / shape.groups,
         };
         const float* grad = grad_output + (tile.item * out_voxels + tile.begin) * channels;
@@ -181,6 +182,7 @@ struct Backward {
         float* grad_input;
         int64_t first;
         int64_t last;
+        bool owns_all;
         int64_t group_channels;
 
         bool owns(int64_t voxel) const { return first <= voxel && voxel < last; }
@@ -193,8 +195,7 @@ struct Backward {
         const int64_t tap = (samples.first_tap + t) * shape.channels;
         int64_t places[kCorners];
         samples.corners(t, i, places);
-        float weights[kCorners];
-        for (int c = 0; c < kCorners; ++c) weights[c] = samples.weight[t][c][i];
+        const float* weights = &samples.weight[t][0][i];
 
         int64_t highest = samples.voxel[t][i];
         for (int a = 0; a < AXES; ++a) highest += samples.step[t][a][i];
@@ -221,14 +222,14 @@ struct Backward {
                 for (int a = 0; a < AXES - 1; ++a) row += end_of(c, a, AXES) * samples.step[t][a][i];
                 if (!item.owns(row)) continue;
                 by_width(begin, end, [&](auto width, int64_t from, int64_t to) {
-                    scatter<decltype(width)::value>(item, places + c, weights + c, from, to, grad, weight + tap);
+                    scatter<decltype(width)::value>(item, places + c, weights + c * kTile, from, to, grad, weight + tap);
                 });
             }
         }
     }
 
     // What a sample adds to the gradients of the weight and, as sums over the channels for each corner, of the offset;
-    // with SCATTER also to that of the input, all its rows being owned.
+    // with SCATTER also to that of the input, all its rows being owned. The corners' weights are kTile apart.
     template <int N, bool SCATTER>
     void gather(
         const Item& item, const int64_t* places, const float* weights, int64_t from, int64_t to, const float* grad,
@@ -236,6 +237,8 @@ struct Backward {
         constexpr int at_once = kLanes == 16 ? kCorners : 4;  // as many as there are registers for
         for (int first = 0; first < kCorners; first += at_once) {
             Vector<N> products[at_once] = {};
+            Vector<N> w[at_once];  // before the loop: for all the compiler knows, its stores could change the weights
+            for (int c = 0; c < at_once; ++c) w[c] = all<N>(weights[(first + c) * kTile]);
             for (int64_t channel = from; channel < to; channel += N) {
                 const Vector<N> g = load<N>(grad + channel);
                 const Vector<N> grad_sample = g * load<N>(weight + channel);
@@ -244,11 +247,9 @@ struct Backward {
                     const int64_t place = places[first + c] + channel;
                     const Vector<N> corner = load<N>(item.input + place);
                     products[c] += grad_sample * corner;
-                    sample += weights[first + c] * corner;
+                    sample += w[c] * corner;
                     if constexpr (SCATTER) {
-                        store(
-                            item.grad_input + place,
-                            load<N>(item.grad_input + place) + weights[first + c] * grad_sample);
+                        store(item.grad_input + place, load<N>(item.grad_input + place) + w[c] * grad_sample);
                     }
                 }
                 if (grad_weight) store(grad_weight + channel, load<N>(grad_weight + channel) + g * sample);
@@ -266,7 +267,7 @@ struct Backward {
             const Vector<N> grad_sample = load<N>(grad + channel) * load<N>(weight + channel);
             for (int c = 0; c < 2; ++c) {
                 float* to = item.grad_input + places[c] + channel;
-                store(to, load<N>(to) + weights[c] * grad_sample);
+                store(to, load<N>(to) + weights[c * kTile] * grad_sample);
             }
         }
     }
@@ -279,6 +280,10 @@ struct Backward {
         samples.for_offset_gradients(offset, dots, [&](int t, int i, int axis, const Vector<kLanes>& gradient) {
             const int64_t channel = tile.item * offset_channels + samples.offset_channel(t, axis);
             float* to = grad_offset + channel * out_voxels + tile.begin + i;
+            if (item.owns_all && i + kLanes <= tile.count) {
+                store(to, gradient);
+                return;
+            }
             float lanes[kLanes];
             store(lanes, gradient);
             for (int lane = 0; lane < kLanes && i + lane < tile.count; ++lane) {
