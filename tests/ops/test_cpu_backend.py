@@ -161,15 +161,23 @@ def test_runs_repeat_bit_for_bit(threads, instruction_set, set_threads):
             assert torch.equal(a, b), name
 
 
-def test_output_and_gradients_by_voxel_do_not_depend_on_the_number_of_threads(instruction_set, set_threads):
-    made = make(2, 40, (12, 13, 11), (3, 3, 3), padding=1, spread=3.0)
+@pytest.mark.parametrize("spread", [0.3, 8.0], ids=["in_turns", "by_rows"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_threads_share_the_work(batch, spread, instruction_set, set_threads):
+    """Short offsets let the threads work in two turns, long ones divide the rows: both ways add up to the same."""
+    made = make(batch, 40, (24, 7, 9), (3, 3, 3), padding=1, spread=spread)
+    expected = truth(*made)
     set_threads(1)
     output, gradients = run(cpu, *made)
-    set_threads(4)
-    other_output, other_gradients = run(cpu, *made)
-    assert torch.equal(output, other_output)
-    assert torch.equal(gradients[0], other_gradients[0])
-    assert torch.equal(gradients[1], other_gradients[1])
+    for threads in (2, 4, 5):
+        set_threads(threads)
+        other_output, other_gradients = run(cpu, *made)
+        assert_agree((other_output, other_gradients), expected)
+        assert torch.equal(output, other_output)
+        assert torch.equal(gradients[1], other_gradients[1])
+        for _ in range(2):
+            _, again = run(cpu, *made)
+            assert all(torch.equal(*pair) for pair in zip(other_gradients, again, strict=True))
 
 
 @pytest.mark.parametrize("axes", [2, 3])

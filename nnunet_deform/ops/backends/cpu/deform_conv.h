@@ -35,7 +35,7 @@ typedef void DeformConvForward(
 // grad_output [B, V, C]; grad_input [B, S, C], grad_offset [B, G*K*n, V], grad_weight [K, C]: null where nobody asks,
 // else overwritten. Returns 0, or 1 when there is no memory for the threads' sums.
 //
-// The same numbers at every run with the same number of threads; grad_input and grad_offset at any number.
+// The same numbers at every run with the same number of threads; output and grad_offset at any number.
 typedef int DeformConvBackward(
     int threads, const DeformConvShape* shape, const float* grad_output, const float* input, const float* offset,
     const float* weight, float* grad_input, float* grad_offset, float* grad_weight);

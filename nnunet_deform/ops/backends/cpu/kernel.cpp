@@ -124,11 +124,9 @@ struct WeightGradient {
     }
 };
 
-// The part of the backward pass that one thread does.
-//
-// The threads divide the rows of grad_input between them, not the output voxels: each adds to its own rows only, so
-// there is one grad_input, no atomics, and every sum has the same order at any number of threads. The thread that owns
-// the row of a sample's lowest corner also computes the sample's share of the other gradients.
+// The part of the backward pass that one thread does: of the tiles that it is given, what they add to the rows of
+// grad_input that it owns. The thread that owns the row of a sample's lowest corner also computes the sample's share of
+// the other gradients.
 template <int AXES>
 struct Backward {
     static constexpr int kCorners = 1 << AXES;
@@ -144,7 +142,8 @@ struct Backward {
     int64_t first;  // the rows owned, as voxels of the whole batch
     int64_t last;
 
-    void tile(int64_t number) {
+    // owns_all says that the samples of the tile touch no row of another thread.
+    void tile(int64_t number, bool owns_all) {
         const int64_t channels = shape.channels;
         const int64_t voxels = product(shape.size, AXES);
         const int64_t out_voxels = product(shape.out_size, AXES);
@@ -156,17 +155,17 @@ struct Backward {
             grad_input ? grad_input + in_begin * channels : nullptr,
             first - in_begin,
             last - in_begin,
-            first <= in_begin && in_begin + voxels <= last,
+            owns_all,
             channels / shape.groups,
         };
         const float* grad = grad_output + (tile.item * out_voxels + tile.begin) * channels;
         for (int64_t group = 0; group < shape.groups; ++group) {
             for (int64_t tap = 0; tap < taps; tap += kTaps) {
                 const Samples<AXES> samples(shape, tile, offset, group, tap);
-                float dots[kTaps][kCorners][kTile] = {};
+                float dots[kTaps][kTile][kCorners] = {};
                 for (int i = 0; i < tile.count; ++i) {
                     for (int t = 0; t < samples.taps; ++t) {
-                        if (samples.inside[t][i]) sample(samples, t, i, item, grad + i * channels, dots[t]);
+                        if (samples.inside[t][i]) sample(samples, t, i, item, grad + i * channels, dots[t][i]);
                     }
                 }
                 if (grad_offset) store_offset_gradient(samples, item, dots);
@@ -185,11 +184,11 @@ struct Backward {
         bool owns_all;
         int64_t group_channels;
 
-        bool owns(int64_t voxel) const { return first <= voxel && voxel < last; }
+        bool owns(int64_t voxel) const { return owns_all || (first <= voxel && voxel < last); }
     };
 
     void sample(
-        const Samples<AXES>& samples, int t, int i, const Item& item, const float* grad, float (*dots)[kTile]) {
+        const Samples<AXES>& samples, int t, int i, const Item& item, const float* grad, float* dots) {
         const int64_t begin = samples.group * item.group_channels;
         const int64_t end = begin + item.group_channels;
         const int64_t tap = (samples.first_tap + t) * shape.channels;
@@ -207,13 +206,11 @@ struct Backward {
         if (read) {
             by_width(begin, end, [&](auto width, int64_t from, int64_t to) {
                 constexpr int n = decltype(width)::value;
-                float sums[kCorners];
                 if (whole) {
-                    gather<n, true>(item, places, weights, from, to, grad, weight + tap, gw, sums);
+                    gather<n, true>(item, places, weights, from, to, grad, weight + tap, gw, dots);
                 } else {
-                    gather<n, false>(item, places, weights, from, to, grad, weight + tap, gw, sums);
+                    gather<n, false>(item, places, weights, from, to, grad, weight + tap, gw, dots);
                 }
-                for (int c = 0; c < kCorners; ++c) dots[c][i] += sums[c];
             });
         }
         if (item.grad_input && !whole) {
@@ -233,7 +230,7 @@ struct Backward {
     template <int N, bool SCATTER>
     void gather(
         const Item& item, const int64_t* places, const float* weights, int64_t from, int64_t to, const float* grad,
-        const float* weight, float* grad_weight, float* sums) {
+        const float* weight, float* grad_weight, float* dots) {
         constexpr int at_once = kLanes == 16 ? kCorners : 4;  // as many as there are registers for
         for (int first = 0; first < kCorners; first += at_once) {
             Vector<N> products[at_once] = {};
@@ -254,7 +251,7 @@ struct Backward {
                 }
                 if (grad_weight) store(grad_weight + channel, load<N>(grad_weight + channel) + g * sample);
             }
-            for (int c = 0; c < at_once; ++c) sums[first + c] = sum<N>(products[c]);
+            add_sums<N>(products, dots + first);
         }
     }
 
@@ -273,7 +270,7 @@ struct Backward {
     }
 
     void store_offset_gradient(
-        const Samples<AXES>& samples, const Item& item, const float (*dots)[kCorners][kTile]) {
+        const Samples<AXES>& samples, const Item& item, const float (*dots)[kTile][kCorners]) {
         const int64_t out_voxels = product(shape.out_size, AXES);
         const int64_t offset_channels = shape.groups * product(shape.kernel, AXES) * AXES;
         const Tile<AXES>& tile = samples.tile;
@@ -334,6 +331,48 @@ struct Buffer {
     Buffer& operator=(const Buffer&) = delete;
 };
 
+// How the threads of a backward pass add to one grad_input without atomics, so that every sum has the same order at
+// every run: in two turns, or else by rows.
+//
+// In turns, the tiles are divided into two slabs for each worker; first all work on their first slab, then on their
+// second. It takes slabs that touch no row of the next but one, so it is for offsets short beside the volume. By rows,
+// each worker owns a share of the rows, and does the tiles that touch them, in part again what its neighbour does.
+struct Division {
+    int workers;
+    bool in_turns;
+
+    Division(const Reach* reach, int64_t tiles, int64_t voxels, int64_t row, int most) : workers(most), in_turns(false) {
+        int64_t longest = 0;  // tiles of the busiest worker
+        for (int worker = 0; most > 1 && worker < most; ++worker) {
+            const int64_t first = share(voxels / row, worker, most) * row;
+            const int64_t last = share(voxels / row, worker + 1, most) * row;
+            int64_t touching = 0;
+            for (int64_t n = 0; n < tiles; ++n) touching += reach[n].first < last && first < reach[n].last;
+            longest = touching > longest ? touching : longest;
+        }
+        for (int w = most; w > 1 && (tiles + w - 1) / w < longest; --w) {
+            if (!apart(reach, tiles, 2 * w)) continue;
+            workers = w;
+            in_turns = true;
+            return;
+        }
+    }
+
+   private:
+    static bool apart(const Reach* reach, int64_t tiles, int slabs) {
+        int64_t end[2] = {0, 0};
+        for (int slab = 0; slab < slabs; ++slab) {
+            int64_t& last = end[slab % 2];
+            const int64_t before = last;
+            for (int64_t n = share(tiles, slab, slabs); n < share(tiles, slab + 1, slabs); ++n) {
+                if (reach[n].first < before) return false;
+                last = reach[n].last > last ? reach[n].last : last;
+            }
+        }
+        return true;
+    }
+};
+
 template <int AXES>
 int backward(
     int threads, const DeformConvShape& shape, const float* grad_output, const float* input, const float* offset,
@@ -345,42 +384,47 @@ int backward(
 
     // Each worker's sums of the weight's gradient take 3 floats a number; together at most the memory of the input.
     const int64_t affordable = length ? voxels / (3 * taps) : threads;
-    const int workers = static_cast<int>(affordable < 1 ? 1 : affordable < threads ? affordable : threads);
-    const bool by_row = grad_input && workers > 1;
+    const int most = static_cast<int>(affordable < 1 ? 1 : affordable < threads ? affordable : threads);
+    const bool shared = grad_input && most > 1;
 
-    const Buffer<float> recent(workers * length);
-    const Buffer<double> total(workers * length);
-    const Buffer<Reach> reach(by_row ? tiles : 0);
-    if ((length && !(recent.data && total.data)) || (by_row && !reach.data)) return 1;
+    const Buffer<float> recent(most * length);
+    const Buffer<double> total(most * length);
+    const Buffer<Reach> reach(shared ? tiles : 0);
+    if ((length && !(recent.data && total.data)) || (shared && !reach.data)) return 1;
 
-    if (by_row) {
-        on_threads(threads, [&](int thread) {
-            for (int64_t n = share(tiles, thread, threads); n < share(tiles, thread + 1, threads); ++n) {
-                reach.data[n] = reach_of<AXES>(shape, offset, n);
+    const auto for_share = [&](int thread, int64_t work, const auto& use) {
+        for (int64_t n = share(work, thread, threads); n < share(work, thread + 1, threads); ++n) use(n);
+    };
+    on_threads(threads, [&](int thread) {
+        if (shared) for_share(thread, tiles, [&](int64_t n) { reach.data[n] = reach_of<AXES>(shape, offset, n); });
+        if (grad_input) for_share(thread, voxels * shape.channels, [&](int64_t i) { grad_input[i] = 0; });
+    });
+
+    const int64_t row = shape.size[AXES - 1];
+    const Division division(reach.data, tiles, voxels, row, shared ? most : 1);
+    const int workers = shared ? division.workers : most;
+    const bool by_row = shared && !division.in_turns;
+    const int turns = division.in_turns ? 2 : 1;
+    for (int turn = 0; turn < turns; ++turn) {
+        on_threads(workers, [&](int worker) {
+            const int64_t first = by_row ? share(voxels / row, worker, workers) * row : 0;
+            const int64_t last = by_row ? share(voxels / row, worker + 1, workers) * row : voxels;
+            Backward<AXES> mine{
+                shape, grad_output, input, offset, weight, grad_input, grad_offset,
+                WeightGradient{length, recent.data + worker * length, total.data + worker * length}, first, last,
+            };
+            if (by_row) {
+                for (int64_t n = 0; n < tiles; ++n) {
+                    const Reach& r = reach.data[n];
+                    if (r.first < last && first < r.last) mine.tile(n, first <= r.first && r.last <= last);
+                }
+            } else {
+                const int slab = worker * turns + turn, slabs = workers * turns;
+                for (int64_t n = share(tiles, slab, slabs); n < share(tiles, slab + 1, slabs); ++n) mine.tile(n, true);
             }
+            mine.grad_weight.flush();
         });
     }
-    on_threads(threads, [&](int thread) {
-        if (thread >= workers) return;
-        const int64_t width = shape.size[AXES - 1];
-        const int64_t first = by_row ? share(voxels / width, thread, workers) * width : 0;
-        const int64_t last = by_row ? share(voxels / width, thread + 1, workers) * width : voxels;
-        if (grad_input) {
-            for (int64_t i = first * shape.channels; i < last * shape.channels; ++i) grad_input[i] = 0;
-        }
-        Backward<AXES> mine{
-            shape, grad_output, input, offset, weight, grad_input, grad_offset,
-            WeightGradient{length, recent.data + thread * length, total.data + thread * length}, first, last,
-        };
-        if (by_row) {
-            for (int64_t n = 0; n < tiles; ++n) {
-                if (reach.data[n].first < last && first < reach.data[n].last) mine.tile(n);
-            }
-        } else {
-            for (int64_t n = share(tiles, thread, workers); n < share(tiles, thread + 1, workers); ++n) mine.tile(n);
-        }
-        mine.grad_weight.flush();
-    });
 
     for (int64_t i = 0; i < length; ++i) {
         double all = 0;

@@ -167,8 +167,10 @@ struct Samples {
     // Calls use(t, i, axis, gradient) with the offset gradient of tap t at the voxels i to i + kLanes, given for each
     // corner the product of its values and the samples' gradients, summed over the channels.
     template <typename F>
-    void for_offset_gradients(const float* offset, const float (*dots)[kCorners][kTile], const F& use) const {
+    void for_offset_gradients(const float* offset, const float (*dots)[kTile][kCorners], const F& use) const {
         for_positions(offset, [&](int t, int i, const Coordinate<kLanes>* along) {
+            Vector<kLanes> dot[kCorners];
+            transpose<kLanes, kCorners>(dots[t][i], dot);
             for (int a = 0; a < AXES; ++a) {
                 Vector<kLanes> gradient = {};
                 for (int c = 0; c < kCorners; ++c) {
@@ -176,7 +178,7 @@ struct Samples {
                     for (int b = 0; b < AXES; ++b) {
                         if (b != a) slope *= along[b].factor[end_of(c, b, AXES)];
                     }
-                    gradient += slope * load<kLanes>(&dots[t][c][i]);
+                    gradient += slope * dot[c];
                 }
                 use(t, i, a, gradient);
             }

@@ -97,23 +97,83 @@ inline Vector<N> as_floats(const Integers<N>& v) {
     }
 }
 
-// The lanes from FIRST on, half as many. By subscripts: a copy of bytes would keep the vector in memory.
-template <int N, int FIRST, int... I>
-inline Vector<N / 2> half(const Vector<N>& v, std::integer_sequence<int, I...>) {
-    if constexpr (N == 2) {
-        return v[FIRST];
-    } else {
-        return Vector<N / 2>{v[FIRST + I]...};
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define NNUNET_DEFORM_SHUFFLE
+#endif
+#endif
+
+#ifdef NNUNET_DEFORM_SHUFFLE
+
+// Every second run of RUN lanes out of a and b, the first or the ODD ones: half the lanes of each.
+template <int N, int RUN, int ODD, int... I>
+inline Vector<N> alternate(const Vector<N>& a, const Vector<N>& b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I / RUN * 2 + ODD) * RUN + I % RUN...);
+}
+
+template <int N, int RUN, int ODD>
+inline Vector<N> alternate(const Vector<N>& a, const Vector<N>& b) {
+    return alternate<N, RUN, ODD>(a, b, std::make_integer_sequence<int, N>());
+}
+
+// Adds the lanes of each of M vectors, which hold runs of 2 * RUN lanes of one sum each, until a run is one lane.
+template <int N, int M, int RUN>
+inline void add_lanes(Vector<N>* v) {
+    if constexpr (RUN >= 1) {
+        constexpr int half = M > 1 ? M / 2 : 1;
+        for (int m = 0; m < half; ++m) {
+            const Vector<N>& a = v[2 * m];
+            const Vector<N>& b = v[M > 1 ? 2 * m + 1 : 0];
+            v[m] = alternate<N, RUN, 0>(a, b) + alternate<N, RUN, 1>(a, b);
+        }
+        add_lanes<N, half, RUN / 2>(v);
     }
 }
 
-template <int N>
-inline float sum(const Vector<N>& v) {
-    if constexpr (N == 1) {
-        return v;
-    } else {
-        using Lanes = std::make_integer_sequence<int, N / 2>;
-        return sum<N / 2>(half<N, 0>(v, Lanes()) + half<N, N / 2>(v, Lanes()));
+#endif
+
+// sums[m] += the sum of the lanes of v[m]. Overwrites v.
+template <int N, int M>
+inline void add_sums(Vector<N> (&v)[M], float* sums) {
+#ifdef NNUNET_DEFORM_SHUFFLE
+    if constexpr (N >= M) {
+        add_lanes<N, M, N / 2>(v);
+        float first[N];
+        std::memcpy(first, &v[0], sizeof first);
+        for (int m = 0; m < M; ++m) sums[m] += first[m];
+        return;
+    }
+#endif
+    for (int m = 0; m < M; ++m) {
+        float lanes[N];
+        std::memcpy(lanes, &v[m], sizeof lanes);
+        for (int n = 1; n < N; ++n) lanes[0] += lanes[n];
+        sums[m] += lanes[0];
+    }
+}
+
+// N records of M numbers each as M vectors: to[m] has the m-th number of each record.
+template <int N, int M>
+inline void transpose(const float* from, Vector<N>* to) {
+#ifdef NNUNET_DEFORM_SHUFFLE
+    if constexpr (N > 1) {
+        for (int m = 0; m < M; ++m) to[m] = load<N>(from + m * N);
+        // Each round halves the distance between a record's neighbours, and sorts even and odd numbers apart.
+        for (int apart = 1; apart < M; apart *= 2) {
+            Vector<N> sorted[M];
+            for (int m = 0; m < M / 2; ++m) {
+                sorted[m] = alternate<N, 1, 0>(to[2 * m], to[2 * m + 1]);
+                sorted[m + M / 2] = alternate<N, 1, 1>(to[2 * m], to[2 * m + 1]);
+            }
+            for (int m = 0; m < M; ++m) to[m] = sorted[m];
+        }
+        return;
+    }
+#endif
+    for (int m = 0; m < M; ++m) {
+        float lanes[N];
+        for (int n = 0; n < N; ++n) lanes[n] = from[n * M + m];
+        std::memcpy(&to[m], lanes, sizeof lanes);
     }
 }
 
