@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +93,19 @@ class DeformConv(nn.Module):
             return conv(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
         # Offsets are coordinates: half precision would round them to a fraction of a voxel.
         with _autocast_disabled(x.device.type):
-            offset = self.offset(x.to(self.offset.weight.dtype))
+            offset = self._project(x.to(self.offset.weight.dtype))
             if self.offset_clamp is not None:
                 offset = offset.clamp(-self.offset_clamp, self.offset_clamp)
             offset = self._on_all_axes(offset)
         op = deform_conv2d if self.ndim == 2 else deform_conv3d
         return op(x, offset, self.weight, self.bias, padding=self.padding)
+
+    def _project(self, x: Tensor) -> Tensor:
+        if any(k > 1 for k in self.offset.kernel_size):
+            return self.offset(x)
+        rows = x.movedim(1, -1).flatten(1, -2)
+        planar = _PlanarProjection.apply(rows, self.offset.weight.flatten(1), self.offset.bias)
+        return planar.unflatten(2, x.shape[2:])
 
     def _on_all_axes(self, offset: Tensor) -> Tensor:
         """[B, taps*len(offset_axes), *spatial] with zeros on the axes that do not move: [B, taps*ndim, *spatial]."""
@@ -108,6 +115,29 @@ class DeformConv(nn.Module):
         still = torch.zeros_like(moving[0])
         by_axis = [moving[self.offset_axes.index(a)] if a in self.offset_axes else still for a in range(self.ndim)]
         return torch.stack(by_axis, dim=2).flatten(1, 2)
+
+
+class _PlanarProjection(torch.autograd.Function):
+    """A 1x1 convolution of channels-last voxels that writes each output channel as one plane, with no copy either way.
+
+    rows [B, V, C], weight [O, C], bias [O] -> [B, O, V]. The operator reads offsets fastest plane by plane, and the
+    gradient of the rows comes back as rows, which autograd's own formula for a matrix product would not do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return torch.baddbmm(bias[:, None], weight.expand(len(rows), -1, -1), rows.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(grad.mT, weight.expand(len(rows), -1, -1)) if needs_rows else None,
+            torch.bmm(grad, rows).sum(0) if needs_weight else None,
+            grad.sum((0, 2)) if needs_bias else None,
+        )
 
 
 def _autocast_disabled(device_type: str) -> AbstractContextManager:

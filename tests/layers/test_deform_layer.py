@@ -1,5 +1,6 @@
 """The deformable convolution layer: its offset branch, and what it hands to the operator."""
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -147,7 +148,7 @@ def test_axes_left_out_do_not_move(kernel_size: tuple[int, ...], offset_axes, mo
         else:
             assert by_axis[:, :, axis].count_nonzero() == 0
     branch = PLAIN[ndim](x, layer.offset.weight, layer.offset.bias).unflatten(1, (taps, len(moving)))
-    torch.testing.assert_close(by_axis[:, :, list(moving)], branch, rtol=0, atol=0)
+    torch.testing.assert_close(by_axis[:, :, list(moving)], branch, rtol=0, atol=1e-14)
 
 
 def test_kernel_of_one_voxel_has_nothing_to_move_by_default():
@@ -247,6 +248,39 @@ def test_every_parameter_and_the_input_get_gradients():
     for name, tensor in (("input", x), *layer.named_parameters()):
         assert tensor.grad.isfinite().all(), name
         assert tensor.grad.count_nonzero() > 0.5 * tensor.numel(), name
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), ("offset.weight",), ("offset.bias",), ("offset.weight", "offset.bias")], ids=str
+)
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_offset_branch_has_the_gradients_of_its_convolution(ndim: int, frozen: tuple[str, ...]):
+    layer = move(layer_of((3,) * ndim))
+    by_hand = copy.deepcopy(layer)
+    for name in frozen:
+        layer.get_parameter(name).requires_grad_(False)
+    x = volume(ndim).requires_grad_()
+    same_x = x.detach().clone().requires_grad_()
+    layer(x).sin().sum().backward()
+    offset = PLAIN[ndim](same_x, by_hand.offset.weight, by_hand.offset.bias)
+    DEFORM[ndim](same_x, offset, by_hand.weight, by_hand.bias, padding=1).sin().sum().backward()
+    torch.testing.assert_close(x.grad, same_x.grad, rtol=0, atol=1e-13)
+    for (name, parameter), expected in zip(layer.named_parameters(), by_hand.parameters(), strict=True):
+        if name in frozen:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=0, atol=1e-12, msg=name)
+
+
+def test_offsets_are_planes_and_gradients_rows():
+    """The layouts that the operator is fastest with: nothing is copied between it and its neighbours."""
+    layer = move(layer_of((3, 3, 3)))
+    x = volume(3).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    assert offset_seen(layer, x).is_contiguous()
+    output = layer(x)
+    assert output.is_contiguous(memory_format=torch.channels_last_3d)
+    output.sin().sum().backward()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The C++ backend: depthwise deformable convolution in float32 on the CPU, channels last, vectorised over channels.
 
+Half-precision values are converted, which takes a copy in float32.
+
 The kernel is a plain C library that Python loads with ctypes; it knows neither torch nor Python, so one build serves
 every version of both. It is optional: without it :func:`unable` says why. ``deform_conv.h`` states the functions'
 contracts, ``kernel.cpp`` has the arithmetic.
@@ -27,8 +29,8 @@ def unable(input: Tensor, offset: Tensor, weight: Tensor) -> str | None:
         return f"it runs on the CPU, and the tensors are on {input.device.type}"
     if isinstance(_library(), str):
         return _library()
-    if input.dtype != torch.float32:
-        return f"it computes in torch.float32, and the input is {input.dtype}"
+    if input.dtype == torch.float64:
+        return "it computes in torch.float32, and the input is torch.float64"
     if weight.shape[:2] != (input.shape[1], 1):
         return (
             f"it convolves depthwise, one filter for each channel, and the weight {tuple(weight.shape)} for "
@@ -48,16 +50,16 @@ def forward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    input, offset = _channels_last(input), _dense(offset)
-    by_tap = _by_tap(weight)
-    bias = None if bias is None else bias.contiguous()
+    dtype = input.dtype
+    input, offset, by_tap = _channels_last(input), _dense(offset), _by_tap(weight)
+    bias = None if bias is None else bias.float().contiguous()
     output = _empty_channels_last(input, offset.shape[2:])
     _library().forward(
         torch.get_num_threads(),
         _Shape.of(input, offset, weight, stride, padding, dilation),
         *map(_pointer, (input, offset, by_tap, bias, output)),
     )
-    return output
+    return output.to(dtype)
 
 
 def backward(
@@ -71,6 +73,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     needs_input, needs_offset, needs_weight, needs_bias = needs
+    dtype, offset_dtype = input.dtype, offset.dtype
     input, offset, grad_output = _channels_last(input), _dense(offset), _channels_last(grad_output)
     by_tap = _by_tap(weight)
     grad_input = _empty_channels_last(input, input.shape[2:]) if needs_input else None
@@ -85,10 +88,10 @@ def backward(
         if no_memory:
             raise MemoryError("the deformable convolution's backward pass found no memory for its threads' sums")
     return (
-        grad_input,
-        grad_offset,
-        grad_by_tap.t().reshape(weight.shape) if needs_weight else None,
-        grad_output.movedim(1, -1).flatten(0, -2).sum(0) if needs_bias else None,
+        grad_input.to(dtype) if needs_input else None,
+        grad_offset.to(offset_dtype) if needs_offset else None,
+        grad_by_tap.t().reshape(weight.shape).to(dtype) if needs_weight else None,
+        grad_output.movedim(1, -1).flatten(0, -2).sum(0).to(dtype) if needs_bias else None,
     )
 
 
@@ -166,7 +169,7 @@ def _library() -> _Library | str:
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.ndim - 2])
+    return tensor.float().contiguous(memory_format=_CHANNELS_LAST[tensor.ndim - 2])
 
 
 def _empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
@@ -175,14 +178,13 @@ def _empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
 
 def _dense(offset: Tensor) -> Tensor:
     """Planar or channels last as it is, so that its voxels are evenly spaced; anything else becomes planar."""
-    if offset.is_contiguous(memory_format=_CHANNELS_LAST[offset.ndim - 2]):
-        return offset
-    return offset.contiguous()
+    offset = offset.float()
+    return offset if offset.is_contiguous(memory_format=_CHANNELS_LAST[offset.ndim - 2]) else offset.contiguous()
 
 
 def _by_tap(weight: Tensor) -> Tensor:
     """[C, 1, *kernel] as [K, C]."""
-    return weight.flatten(1).t().contiguous()
+    return weight.float().flatten(1).t().contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
