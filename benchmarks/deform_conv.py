@@ -1,46 +1,55 @@
-"""Depthwise deformable convolution in 3D on the CPU: our backends beside what else computes or resembles it.
+"""Depthwise deformable convolution in 3D: our backends beside what else computes or resembles it.
 
-    python benchmarks/deform_conv.py [--rounds 7] [--threads 1] [--compile] [--output benchmarks/results]
+    python benchmarks/deform_conv.py [--device cpu] [--threads 1] [--rounds 7] [--compile] [--output benchmarks/results]
 
-All run in turn in every round, and the fastest round counts. With one thread the time is the process's own CPU time, so
-that other programs on the machine matter little; with more it is wall time. Ratios are to the first contender, the sum
-of one grid_sample for each of the 27 taps with autograd's backward. The extra memory is the peak over a forward and a
-backward pass less its results (output and gradients), in units of the input.
+All run in turn in every round, and the fastest round counts. On the CPU with one thread the time is the process's own
+CPU time, so that other programs on the machine matter little; else it is wall time. Ratios are to the first contender,
+the sum of one grid_sample for each of the 27 taps with autograd's backward. The extra memory is the peak over a forward
+and a backward pass less its results (output and gradients), in units of the input as float32; on the CPU each is
+measured in a process of its own.
 """
 
 import argparse
-import ctypes
-import datetime
 import itertools
 import json
+import multiprocessing
 import os
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import PeakMemory, can_measure_memory, describe
 from torch import Tensor
 
-from nnunet_deform.ops import deform_conv3d
-from nnunet_deform.ops.backends import BACKEND_VARIABLE, cpu
+from nnunet_deform.ops import BACKEND_VARIABLE, backends_for, deform_conv3d
+from nnunet_deform.ops.backends import cpu
 
-SHAPES = ((48, 24), (96, 12), (16, 32))  # channels, voxels along each axis
+# Batch, channels, voxels along each axis.
+SHAPES = {
+    "cpu": ((1, 48, 24), (1, 96, 12), (1, 16, 32)),
+    "cuda": ((2, 48, 48), (2, 96, 24), (2, 192, 12), (2, 384, 6), (2, 32, 64), (2, 32, 96)),
+}
 TAPS = 27
+
+Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def composition(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same operator from torch's own parts, with a kernel of 3 and padding 1."""
     size = input.shape[2:]
-    voxels = torch.meshgrid(*(torch.arange(s, dtype=input.dtype) for s in size), indexing="ij")
+    voxels = torch.meshgrid(*(torch.arange(s, device=input.device, dtype=offset.dtype) for s in size), indexing="ij")
     output = bias.view(1, -1, 1, 1, 1)
     for tap in range(TAPS):
         place = (tap // 9 - 1, tap // 3 % 3 - 1, tap % 3 - 1)
         positions = [v + p + offset[:, 3 * tap + axis] for axis, (v, p) in enumerate(zip(voxels, place, strict=True))]
         grid = torch.stack([(2 * q + 1) / s - 1 for q, s in zip(positions, size, strict=True)][::-1], -1)
-        sample = F.grid_sample(input, grid, padding_mode="zeros", align_corners=False)
+        sample = F.grid_sample(input, grid.to(input.dtype), padding_mode="zeros", align_corners=False)
         output = output + sample * weight.flatten(1)[:, tap].view(1, -1, 1, 1, 1)
     return output
 
@@ -50,61 +59,131 @@ def depthwise(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Te
     return F.conv3d(input, weight, bias, padding=1, groups=len(weight))
 
 
-class Ours:
-    """One backend, in one instruction set where it has several."""
+def tvdcn(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The maintained implementation of others; it reads offsets as [taps, axes] too."""
+    from tvdcn.ops import deform_conv3d as theirs
 
-    def __init__(self, backend: str, instruction_set: str | None = None) -> None:
-        self.backend = backend
-        self.instruction_set = instruction_set
-
-    def __call__(self, input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        os.environ[BACKEND_VARIABLE] = self.backend
-        if self.instruction_set:
-            cpu._library().instruction_set = self.instruction_set
-        return deform_conv3d(input, offset, weight, bias, padding=1)
+    return theirs(input, weight, offset, None, bias, [1] * 3, [1] * 3, [1] * 3, len(weight))
 
 
-def contenders(compiled: bool) -> dict[str, tuple[Callable[..., Tensor], torch.memory_format]]:
-    """By name: the function, and the layout in which it gets its input and its output's gradient."""
+def ours(backend: str, instruction_set: str, deterministic: bool, *tensors: Tensor) -> Tensor:
+    os.environ[BACKEND_VARIABLE] = backend
+    if instruction_set:
+        cpu._library().instruction_set = instruction_set
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        return deform_conv3d(*tensors, padding=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Contender:
+    function: Function
+    layout: torch.memory_format  # of the input and the output's gradient
+    compiled: bool = False
+    deterministic: bool = False  # also while the backward pass runs
+
+
+def contenders(device: str, dtype: torch.dtype, compiled: bool) -> dict[str, Contender]:
     contiguous, last = torch.contiguous_format, torch.channels_last_3d
-    named = {"composition": (composition, contiguous)}
+    named = {"composition": Contender(composition, contiguous)}
     if compiled:
-        named["composition, compiled"] = (torch.compile(composition), contiguous)
-    named["torch"] = (Ours("torch"), last)
-    for name in cpu.instruction_sets():
-        named[f"cpu {name}"] = (Ours("cpu", name), last)
-    for name in cpu.instruction_sets()[:1]:
-        named[f"cpu {name} with layout copies"] = (Ours("cpu", name), contiguous)
-    named["depthwise convolution"] = (depthwise, last)
+        named["composition, compiled"] = Contender(composition, contiguous, compiled=True)
+    if _runs(tvdcn, device, dtype):
+        named["tvdcn"] = Contender(tvdcn, contiguous)
+    probe = [tensor.detach() for tensor in Case(1, 8, 4, device, dtype, last).leaves]
+    for name, reason in backends_for(*probe[:3]).items():
+        if reason is not None or name == "reference":
+            continue
+        sets = cpu.instruction_sets() if name == "cpu" else [""]
+        for instruction_set in sets:
+            label = f"{name} {instruction_set}".strip()
+            named[label] = Contender(partial(ours, name, instruction_set, False), last)
+        label = f"{name} {sets[0]}".strip()
+        named[f"{label}, layout copies"] = Contender(partial(ours, name, sets[0], False), contiguous)
+        if name == "triton":
+            deterministic = partial(ours, name, sets[0], True)
+            named[f"{label}, deterministic"] = Contender(deterministic, last, deterministic=True)
+    named["depthwise convolution"] = Contender(depthwise, last)
     return named
+
+
+def _runs(function: Function, device: str, dtype: torch.dtype) -> bool:
+    try:
+        function(*Case(1, 8, 4, device, dtype, torch.contiguous_format).leaves)
+    except Exception as error:
+        print(f"{function.__name__} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
 class Case:
     """Tensors of one shape in one layout."""
 
-    def __init__(self, channels: int, side: int, layout: torch.memory_format) -> None:
+    def __init__(
+        self, batch: int, channels: int, side: int, device: str, dtype: torch.dtype, layout: torch.memory_format
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         size = (side, side, side)
-        self.input = torch.randn(1, channels, *size, generator=generator).contiguous(memory_format=layout)
+
+        def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.input = random(batch, channels, *size).contiguous(memory_format=layout)
         self.leaves = [
             self.input,
-            torch.randn(1, 3 * TAPS, *size, generator=generator) * 0.5,
-            torch.randn(channels, 1, 3, 3, 3, generator=generator),
-            torch.randn(channels, generator=generator),
+            random(batch, 3 * TAPS, *size, dtype=torch.float32) * 0.5,
+            random(channels, 1, 3, 3, 3),
+            random(channels),
         ]
-        self.grad_output = torch.randn(1, channels, *size, generator=generator).contiguous(memory_format=layout)
+        self.grad_output = random(batch, channels, *size).contiguous(memory_format=layout)
         for leaf in self.leaves:
             leaf.requires_grad_()
 
-    def forward(self, function: Callable[..., Tensor]) -> None:
+    @property
+    def result_bytes(self) -> int:
+        """Of the output and the gradients."""
+        return sum(tensor.nbytes for tensor in (*self.leaves, self.grad_output))
+
+    @property
+    def input_bytes(self) -> int:
+        return self.input.numel() * 4
+
+    def forward(self, contender: Contender) -> Tensor:
         with torch.no_grad():
-            function(*self.leaves)
+            return self._function(contender)(*self.leaves)
 
-    def forward_backward(self, function: Callable[..., Tensor]) -> None:
-        torch.autograd.grad(function(*self.leaves), self.leaves, self.grad_output, allow_unused=True)
+    def forward_backward(self, contender: Contender) -> tuple[Tensor, ...]:
+        output = self._function(contender)(*self.leaves)
+        with _deterministic(contender.deterministic):
+            return output, *torch.autograd.grad(output, self.leaves, self.grad_output, allow_unused=True)
+
+    def _function(self, contender: Contender) -> Function:
+        return torch.compile(contender.function) if contender.compiled else contender.function
 
 
-def fastest(rounds: int, runs: dict[str, Callable[[], None]], clock: Callable[[], float]) -> dict[str, float]:
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def clock_of(device: str, threads: int) -> Callable[[], float]:
+    if device == "cuda":
+
+        def after_all_kernels() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return after_all_kernels
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def fastest(rounds: int, runs: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
     """Milliseconds of each, the rounds interleaved after one to warm up."""
     best = dict.fromkeys(runs, float("inf"))
     for round_number in range(rounds + 1):
@@ -116,78 +195,66 @@ def fastest(rounds: int, runs: dict[str, Callable[[], None]], clock: Callable[[]
     return best
 
 
-def extra_memory(case: Case, function: Callable[..., Tensor]) -> float | None:
-    """Peak resident memory of a pass beyond its results, in units of the input; on Linux with glibc only."""
-    status = Path("/proc/self/status")
-    if platform.libc_ver()[0] != "glibc" or not status.exists():
-        return None
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: freed tensors leave the process at once
-    libc.malloc_trim(0)
+def extra_memory(contender: Contender, shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:
+    """Peak memory of a pass beyond its results, in units of the input."""
+    if device == "cuda":
+        case = Case(*shape, device, dtype, contender.layout)
+        case.forward_backward(contender)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case.forward_backward(contender)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak_memory = PeakMemory()
+        small = Case(1, shape[1], 4, device, dtype, contender.layout)
+        small.forward_backward(contender)  # loads code
+        case = Case(*shape, device, dtype, contender.layout)
+        peak_memory.start()
+        results = case.forward_backward(contender)
+        peak = peak_memory.bytes()
+        del results
+    return (peak - case.result_bytes) / case.input_bytes
 
-    def kibibytes(field: str) -> int:
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
-    case.forward_backward(function)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = kibibytes("VmRSS")
-    case.forward_backward(function)
-    results = sum(t.numel() for t in (*case.leaves, case.grad_output)) * 4
-    return ((kibibytes("VmHWM") - before) * 1024 - results) / (case.input.numel() * 4)
+def in_own_process(threads: int, contender: Contender, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
+        return process.submit(extra_memory, contender, shape, "cpu", dtype).result()
 
 
-def measure(rounds: int, threads: int, compiled: bool) -> list[dict]:
+def measure(device: str, dtype: torch.dtype, rounds: int, threads: int, compiled: bool) -> list[dict]:
     torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
-    named = contenders(compiled)
+    clock = clock_of(device, threads)
+    named = contenders(device, dtype, compiled)
     rows = []
-    for channels, side in SHAPES:
-        cases = {name: Case(channels, side, layout) for name, (_, layout) in named.items()}
+    for shape in SHAPES[device]:
+        cases = {name: Case(*shape, device, dtype, contender.layout) for name, contender in named.items()}
         best = {}
         for what in ("forward", "forward_backward"):
-            runs = {name: partial(getattr(cases[name], what), function) for name, (function, _) in named.items()}
+            runs = {name: partial(getattr(cases[name], what), contender) for name, contender in named.items()}
             best[what] = fastest(rounds, runs, clock)
-        for name in named:
-            row = {"shape": f"{channels}x{side}^3", "name": name}
+        del cases, runs
+        for name, contender in named.items():
+            batch, channels, side = shape
+            row = {"shape": f"{batch}x{channels}x{side}^3", "dtype": str(dtype).removeprefix("torch."), "name": name}
             for what, times in best.items():
                 row |= {f"{what}_ms": times[name], f"{what}_ratio": times["composition"] / times[name]}
+            row["extra_memory"] = None
+            if device == "cuda":
+                row["extra_memory"] = extra_memory(contender, shape, device, dtype)
+            elif can_measure_memory() and not contender.compiled:
+                row["extra_memory"] = in_own_process(threads, contender, shape, dtype)
             rows.append(row)
-
-    # After all times, because it changes how memory is allocated.
-    for row, ((channels, side), (function, layout)) in zip(
-        rows, itertools.product(SHAPES, named.values()), strict=True
-    ):
-        row["extra_memory"] = extra_memory(Case(channels, side, layout), function)
+            print(as_text(row), flush=True)
     return rows
 
 
-def machine() -> dict[str, str]:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return {
-        "processor": model,
-        "cores": str(os.cpu_count()),
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-
-
-def show(rows: list[dict]) -> None:
-    print(f"{'shape':10} {'':34} {'forward':>18} {'forward+backward':>20} {'extra memory':>13}")
-    for row in rows:
-        memory = "" if row["extra_memory"] is None else f"{row['extra_memory']:.1f}x"
-        print(
-            f"{row['shape']:10} {row['name']:34} {row['forward_ratio']:7.1f}x {row['forward_ms']:6.1f} ms"
-            f" {row['forward_backward_ratio']:9.1f}x {row['forward_backward_ms']:6.1f} ms {memory:>12}"
-        )
+def as_text(row: dict) -> str:
+    memory = "" if row["extra_memory"] is None else f"{row['extra_memory']:.1f}x"
+    return (
+        f"{row['shape']:10} {row['dtype']:9} {row['name']:28} {row['forward_ratio']:7.1f}x {row['forward_ms']:8.2f} ms"
+        f" {row['forward_backward_ratio']:9.1f}x {row['forward_backward_ms']:8.2f} ms {memory:>12}"
+    )
 
 
 def plot(rows: list[dict], about: dict[str, str], threads: int, path: Path) -> None:
@@ -196,40 +263,47 @@ def plot(rows: list[dict], about: dict[str, str], threads: int, path: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    shapes = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     height = 0.8 / len(shapes)
     for ax, what in zip(axes, ("forward", "forward_backward"), strict=True):
         for number, shape in enumerate(shapes):
-            ratios = [row[f"{what}_ratio"] for row in rows if row["shape"] == shape]
-            bars = ax.barh([i + number * height for i in range(len(names))], ratios, height, label=shape)
+            ratios = [row[f"{what}_ratio"] for row in rows if (row["shape"], row["dtype"]) == shape]
+            bars = ax.barh([i + number * height for i in range(len(names))], ratios, height, label=" ".join(shape))
             ax.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
         ax.set_xscale("log")
         ax.set_xlabel(f"{what.replace('_', ' + ')}: times as fast as the composition")
         ax.set_yticks([i + 0.3 for i in range(len(names))], names)
     axes[0].invert_yaxis()
-    axes[0].legend()
-    threads_text = "one thread" if threads == 1 else f"{threads} threads"
-    figure.suptitle(f"{about['processor']}, {threads_text}, torch {about['torch']}, {about['date']}", fontsize=9)
+    axes[0].legend(fontsize=7)
+    device = about.get("gpu", f"{about['processor']}, {threads} thread{'s' * (threads > 1)}")
+    figure.suptitle(f"{device}, torch {about['torch']}, {about['date']}", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="also the composition under torch.compile")
-    parser.add_argument("--output", type=Path, help="folder for deform_conv_cpu.json and .png")
+    parser.add_argument("--output", type=Path, help="folder for deform_conv_DEVICE_THREADS.json and .png")
     arguments = parser.parse_args()
-    about = machine()
-    rows = measure(arguments.rounds, arguments.threads, arguments.compile)
-    show(rows)
+    about = describe()
+    dtypes = [torch.float32, torch.bfloat16] if arguments.device == "cuda" else [torch.float32]
+    print(f"{'shape':10} {'dtype':9} {'':28} {'forward':>20} {'forward+backward':>21} {'extra memory':>13}")
+    rows = list(
+        itertools.chain.from_iterable(
+            measure(arguments.device, dtype, arguments.rounds, arguments.threads, arguments.compile) for dtype in dtypes
+        )
+    )
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
+        name = "deform_conv_cuda" if arguments.device == "cuda" else f"deform_conv_cpu_{arguments.threads}"
         record = {**about, "threads": arguments.threads, "rounds": arguments.rounds, "results": rows}
-        (arguments.output / "deform_conv_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-        plot(rows, about, arguments.threads, arguments.output / "deform_conv_cpu.png")
+        (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        plot(rows, about, arguments.threads, arguments.output / f"{name}.png")
 
 
 if __name__ == "__main__":

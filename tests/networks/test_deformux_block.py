@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from network_cases import CONV_OP, kept_by_autograd, parameter_count, stir
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_deform.layers import DeformConv
 from nnunet_deform.networks.deformux import DeformUXBlock
@@ -124,6 +125,33 @@ def test_channels_last_stays_channels_last(ndim: int):
     block = block_of(ndim, 8, options, deformable=True)
     z = torch.randn(1, 8, *(4, 5, 6)[:ndim]).contiguous(memory_format=CHANNELS_LAST[ndim])
     assert block(z).stride() == z.stride()
+
+
+class Copies(TorchDispatchMode):
+    """Names of the operations that copied a feature map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy) and result.ndim > 2:
+            self.names.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("block", ["eq3", "convnext"])
+def test_channels_last_is_never_copied(block: str, batch: int):
+    options = {"block": block, "scaling": "mlp", "layer_scale_init": 0.7}
+    network = block_of(3, 8, options, deformable=True)
+    z, grad = (torch.randn(batch, 8, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d) for _ in range(2))
+    with Copies() as copies:
+        network(z.requires_grad_()).backward(grad)
+    # Autograd hands the caller's leaf a gradient of its own.
+    assert copies.names in ([], ["aten.clone.default"])
 
 
 def test_layer_scale_starts_where_it_is_told():
