@@ -60,10 +60,11 @@ def depthwise(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Te
 
 
 def tvdcn(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The maintained implementation of others; it reads offsets as [taps, axes] too."""
+    """The maintained implementation of others. Without a modulation mask its backward pass fails, so it gets ones."""
     from tvdcn.ops import deform_conv3d as theirs
 
-    return theirs(input, weight, offset, None, bias, [1] * 3, [1] * 3, [1] * 3, len(weight))
+    mask = torch.ones(len(offset), TAPS, *offset.shape[2:], device=offset.device)
+    return theirs(input, weight, offset, mask, bias, [1] * 3, [1] * 3, [1] * 3, len(weight))
 
 
 def ours(backend: str, instruction_set: str, deterministic: bool, *tensors: Tensor) -> Tensor:
