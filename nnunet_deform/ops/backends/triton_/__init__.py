@@ -46,6 +46,8 @@ _PROGRAMS = 8192
 
 # What torch.sort needs for a sample of the sorted input gradient: keys, places, and the sort's own copies of both.
 _SORT_BYTES = 36
+# Sorting takes a few taps at a time, so that it needs no more than the input in float32, or than this.
+_SORT_MEMORY = 2**26
 
 
 def unable(input: Tensor, offset: Tensor, weight: Tensor) -> str | None:
@@ -182,12 +184,12 @@ def _scatter_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input
 
 
 def _gather_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input: Tensor) -> None:
-    """A few taps at a time, so that sorting needs no more memory than the input in float32."""
     voxels = math.prod(problem.out_size)
     cells = [1] * (3 - problem.axes) + [size + 1 for size in problem.size]
     beyond = problem.items * math.prod(cells)
     key = torch.int32 if beyond < 2**31 else torch.int64
-    together = max(1, 4 * math.prod(grad_input.shape) // (_SORT_BYTES * voxels * problem.items))
+    memory = max(_SORT_MEMORY, 4 * math.prod(grad_input.shape))
+    together = max(1, memory // (_SORT_BYTES * voxels * problem.items))
     for first_tap in range(0, problem.taps, together):
         taps = min(together, problem.taps - first_tap)
         numbers = torch.empty((taps, problem.items, voxels), dtype=key, device=grad_input.device)

@@ -261,14 +261,17 @@ def offset_weight_gradient_kernel(
                     at, valid, z, stride_d, padding_d, tap_z, dilation_d, in_d
                 )
                 inside &= has_z0 | has_z1
+                z0_counts, z1_counts = has_z0.to(tl.float32), has_z1.to(tl.float32)
                 at += offset_channel_stride
             cell, y_lower, y_upper, has_y0, has_y1 = _along(at, valid, y, stride_h, padding_h, tap_y, dilation_h, in_h)
             inside &= has_y0 | has_y1
+            y0_counts, y1_counts = has_y0.to(tl.float32), has_y1.to(tl.float32)
             y0 = _place(cell, in_h, input_h_stride, WIDE)
             y1 = _place(cell + 1, in_h, input_h_stride, WIDE)
             at += offset_channel_stride
             cell, x_lower, x_upper, has_x0, has_x1 = _along(at, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w)
             inside &= has_x0 | has_x1
+            x0_counts, x1_counts = has_x0.to(tl.float32), has_x1.to(tl.float32)
             x0 = _place(cell, in_w, input_w_stride, WIDE)
             x1 = _place(cell + 1, in_w, input_w_stride, WIDE)
 
@@ -300,16 +303,15 @@ def offset_weight_gradient_kernel(
                         lower = tl.sum(lower * grad_sample, 1)
                         upper = tl.sum(upper * grad_sample, 1)
                         line = tl.fma(upper, x_upper, lower * x_lower)
-                        line_x = tl.where(has_x1, upper, 0.0) - tl.where(has_x0, lower, 0.0)
+                        line_x = tl.fma(upper, x1_counts, -lower * x0_counts)
                         plane = tl.fma(line, along_y, plane)
                         plane_x = tl.fma(line_x, along_y, plane_x)
-                        line_y = tl.where(has_y1 if end_y else has_y0, line, 0.0)
-                        plane_y += line_y if end_y else -line_y
+                        plane_y = tl.fma(line, y1_counts if end_y else -y0_counts, plane_y)
                 if AXES == 3:
                     along_z = tl.where(end_z == 1, z_upper, z_lower)
                     grad_x = tl.fma(plane_x, along_z, grad_x)
                     grad_y = tl.fma(plane_y, along_z, grad_y)
-                    grad_z += tl.where(end_z == 1, tl.where(has_z1, plane, 0.0), -tl.where(has_z0, plane, 0.0))
+                    grad_z = tl.fma(plane, tl.where(end_z == 1, z1_counts, -z0_counts), grad_z)
                 else:
                     grad_x = plane_x
                     grad_y = plane_y
