@@ -3,9 +3,9 @@
 Values are float32, bfloat16 or float16; coordinates and sums are float32. Triton is optional: without it
 :func:`unable` says so. ``kernels.py`` has the arithmetic.
 
-The backward pass is two kernels. One takes a tap at a time: the offset gradient of a tap is complete in one program, and
-the weight gradient is a sum of sums, always added in the same order. The other makes the input gradient, either with
-atomic additions, in an order that changes from run to run, or, under ``torch.use_deterministic_algorithms(True)``, from
+The backward pass is two kernels. One takes a tap at a time: the offset gradient of a tap is complete in one program,
+and the weight gradient is a sum of sums, always added in the same order. The other makes the input gradient, either
+with atomic additions, whose order changes from run to run, or, under ``torch.use_deterministic_algorithms(True)``, from
 the samples sorted by cell: each cell adds its samples in order, and cells that share corners take turns.
 """
 
@@ -34,6 +34,8 @@ _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 # The kernels count voxels in 32 bits, with a bit to spare for the offsets.
 _MOST_VOXELS = 2**29 - 1
+# Elements of a batch item that 32 bits index.
+_MOST_NARROW = 2**31 - 1
 # CUDA's limit on the second axis of a grid.
 _MOST_ITEMS = 65535
 
@@ -189,7 +191,7 @@ def _gather_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input:
     beyond = problem.items * math.prod(cells)
     key = torch.int32 if beyond < 2**31 else torch.int64
     memory = max(_SORT_MEMORY, 4 * math.prod(grad_input.shape))
-    together = max(1, memory // (_SORT_BYTES * voxels * problem.items))
+    together = min(problem.taps, max(1, memory // (_SORT_BYTES * voxels * problem.items)))
     for first_tap in range(0, problem.taps, together):
         taps = min(together, problem.taps - first_tap)
         numbers = torch.empty((taps, problem.items, voxels), dtype=key, device=grad_input.device)
@@ -275,7 +277,7 @@ class _Problem:
         self.channels = {"group_channels": group_channels, "BLOCK_C": block, "MASKED": group_channels % block != 0}
         self.blocks = triton.cdiv(group_channels, block)
         reach = sum((size - 1) * step for size, step in zip(input.shape[1:], input.stride()[1:], strict=True))
-        self.wide = max(reach, math.prod(input.shape[1:])) >= 2**31
+        self.wide = max(reach, math.prod(input.shape[1:])) > _MOST_NARROW
 
     def empty_output(self) -> Tensor:
         input = self.input["input"]

@@ -3,14 +3,14 @@
 In every kernel a program has as many voxels (or samples) as threads: their positions are then computed once each and
 handed to the threads that share the channels. With fewer, Triton computes them anew in all of those threads.
 
-Sums of products are explicit ``tl.fma``, so that the results do not depend on whether the version of Triton, or
-torch.compile, lets the compiler fuse a product into a sum.
+Interpolation is explicit ``tl.fma``: whether the compiler may fuse a product into a sum by itself depends on the
+version of Triton and on torch.compile.
 """
 
 import triton
 import triton.language as tl
 
-# Larger than any volume; three such numbers (regular grid, place in the kernel, half an offset) still add up in an int32.
+# Larger than any volume. Regular grid, place in the kernel and offset, so limited, still add up in an int32.
 _FAR = tl.constexpr(2**29 - 1)
 _FAR_OFFSET = tl.constexpr(2.0**30)
 
@@ -153,12 +153,16 @@ def forward_kernel(
             z0 = _place(cell, in_d, input_d_stride, WIDE)
             z1 = _place(cell + 1, in_d, input_d_stride, WIDE)
             at += offset_channel_stride
-        cell, y_lower, y_upper, has_lower, has_upper = _along(at, valid, y, stride_h, padding_h, tap_y, dilation_h, in_h)
+        cell, y_lower, y_upper, has_lower, has_upper = _along(
+            at, valid, y, stride_h, padding_h, tap_y, dilation_h, in_h
+        )
         inside &= has_lower | has_upper
         y0 = _place(cell, in_h, input_h_stride, WIDE)
         y1 = _place(cell + 1, in_h, input_h_stride, WIDE)
         at += offset_channel_stride
-        cell, x_lower, x_upper, has_lower, has_upper = _along(at, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w)
+        cell, x_lower, x_upper, has_lower, has_upper = _along(
+            at, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w
+        )
         inside &= has_lower | has_upper
         x0 = _place(cell, in_w, input_w_stride, WIDE)
         x1 = _place(cell + 1, in_w, input_w_stride, WIDE)
