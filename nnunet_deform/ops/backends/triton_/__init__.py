@@ -12,6 +12,7 @@ the samples sorted by cell: each cell adds its samples in order, and cells that 
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ _MOST_ITEMS = 65535
 # Neighbouring voxels of one program, by the number of axes, and its threads: as many (see kernels.py).
 _BRICK = {2: (1, 4, 8), 3: (2, 2, 8)}
 _WARPS = 1
+
+# Channels of one program: divides the widths that networks have, so that no thread idles, and leaves enough registers.
+_BLOCK = 16
 
 # Programs of the kernel that takes a tap at a time: enough to fill the largest GPU a few times.
 _PROGRAMS = 8192
@@ -96,18 +100,19 @@ def forward(
 ) -> Tensor:
     problem = _Problem(input, offset, weight, stride, padding, dilation)
     output = problem.empty_output()
-    wrap_triton(forward_kernel)[problem.bricks, problem.items, problem.blocks](
-        **problem.input,
-        **problem.offset,
-        weight=problem.by_tap,
-        bias=bias if bias is None else bias.contiguous(),
-        output=output,
-        **problem.geometry,
-        **problem.brick,
-        **problem.channels,
-        WIDE=problem.wide,
-        num_warps=_WARPS,
-    )
+    with _current_device(input):
+        wrap_triton(forward_kernel)[problem.bricks, problem.items, problem.blocks](
+            **problem.input,
+            **problem.offset,
+            weight=problem.by_tap,
+            bias=bias if bias is None else bias.contiguous(),
+            output=output,
+            **problem.geometry,
+            **problem.brick,
+            **problem.channels,
+            WIDE=problem.wide,
+            num_warps=_WARPS,
+        )
     return output
 
 
@@ -129,13 +134,15 @@ def backward(
     if needs_input:
         # Sums of many samples: float32 whatever the dtype of the values.
         grad_input = torch.zeros_like(input, dtype=torch.float32, memory_format=_CHANNELS_LAST[input.ndim - 2])
-        if torch.are_deterministic_algorithms_enabled():
-            _gather_input_gradient(problem, grad_output, grad_input)
-        else:
-            _scatter_input_gradient(problem, grad_output, grad_input)
+        with _current_device(input):
+            if torch.are_deterministic_algorithms_enabled():
+                _gather_input_gradient(problem, grad_output, grad_input)
+            else:
+                _scatter_input_gradient(problem, grad_output, grad_input)
         grad_input = grad_input.to(input.dtype)
     if needs_offset or needs_weight:
-        grad_offset, grad_weight = _offset_weight_gradient(problem, grad_output, needs_offset, needs_weight)
+        with _current_device(input):
+            grad_offset, grad_weight = _offset_weight_gradient(problem, grad_output, needs_offset, needs_weight)
     if needs_bias:
         grad_bias = grad_output.movedim(1, -1).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
     return grad_input, grad_offset, grad_weight, grad_bias
@@ -273,7 +280,7 @@ class _Problem:
             triton.cdiv(size, length) for size, length in zip(_three(self.out_size, 1), brick, strict=True)
         )
         group_channels = channels // self.groups
-        block = _block_of_channels(group_channels)
+        block = min(_BLOCK, triton.next_power_of_2(group_channels))
         self.channels = {"group_channels": group_channels, "BLOCK_C": block, "MASKED": group_channels % block != 0}
         self.blocks = triton.cdiv(group_channels, block)
         reach = sum((size - 1) * step for size, step in zip(input.shape[1:], input.stride()[1:], strict=True))
@@ -289,14 +296,6 @@ class _Problem:
         )
 
 
-def _block_of_channels(channels: int) -> int:
-    """Channels of one program: the largest block that divides them, so that no thread idles."""
-    for block in (32, 16):
-        if channels % block == 0:
-            return block
-    return min(32, triton.next_power_of_2(channels))
-
-
 def _by_axis(name: str, values: Sequence[int], missing: int) -> dict[str, int]:
     """The values as arguments for depth, height and width."""
     letters = "DHW" if name.isupper() else "dhw"
@@ -310,6 +309,11 @@ def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
 
 def _offset_groups(offset: Tensor, weight: Tensor) -> int:
     return int(offset.shape[1] // ((offset.ndim - 2) * math.prod(weight.shape[2:])))
+
+
+def _current_device(input: Tensor) -> AbstractContextManager:
+    """Triton launches on the current GPU, whichever one the tensors are on."""
+    return torch.cuda.device(input.device) if input.is_cuda and torch.cuda.is_available() else nullcontext()
 
 
 def _interpreted() -> bool:

@@ -384,10 +384,9 @@ def scatter_input_gradient_kernel(
     z, y, x, voxel, valid = _voxels(tl.program_id(0), out_d, out_h, out_w, BRICK_D, BRICK_H, BRICK_W)
     channel, has_channel = _channels(tl.program_id(2), group, group_channels, BLOCK_C)
     channels = groups * group_channels
-    w_stride = channels
-    h_stride = in_w * w_stride
+    h_stride = in_w.to(tl.int64) * channels if WIDE else in_w * channels
     d_stride = in_h * h_stride
-    into = grad_input + item * in_d * d_stride + channel[None, :]
+    into = grad_input + item * in_d * in_h * in_w * channels + channel[None, :]
     from_offset = offset + item * offset_batch_stride + voxel.to(tl.int64) * offset_voxel_stride
     from_grad = grad_output + (item * (out_d * out_h * out_w) + voxel)[:, None] * channels + channel[None, :]
     grad = tl.load(from_grad, mask=valid[:, None] & has_channel[None, :], other=0.0).to(tl.float32)
@@ -407,8 +406,8 @@ def scatter_input_gradient_kernel(
         y1 = _place(cell + 1, in_h, h_stride, WIDE)
         at += offset_channel_stride
         cell, x_lower, x_upper, _, _ = _along(at, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w)
-        x0 = _place(cell, in_w, w_stride, WIDE)
-        x1 = _place(cell + 1, in_w, w_stride, WIDE)
+        x0 = _place(cell, in_w, channels, WIDE)
+        x1 = _place(cell + 1, in_w, channels, WIDE)
 
         grad_sample = grad * _load(weight + tap * channels + channel, has_channel, MASKED)[None, :]
         for corner in tl.static_range(2**AXES):
