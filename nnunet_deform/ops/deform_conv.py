@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nnunet_deform.ops.backends import choose_backend
+from nnunet_deform.ops.backends.triton_ import backward as triton_backward
+from nnunet_deform.ops.backends.triton_ import forward as triton_forward
 from nnunet_deform.ops.checks import check_deform_conv, convolved_size, spatial_argument
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -99,20 +101,36 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-@torch.library.custom_op(
-    "nnunet_deform::deform_conv",
-    mutates_args=(),
-    schema="(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation)"
-    " -> Tensor",
+_SCHEMA = (
+    "(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor"
 )
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, int[] stride, int[] padding, int[] dilation, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+# torch.compile looks into a triton_op and so sees the Triton kernels. The other backends' work it cannot see, or, for
+# plain tensor operations, had better not: they are operators of their own below.
+@torch.library.triton_op("nnunet_deform::deform_conv", mutates_args=(), schema=_SCHEMA)
 def _forward(input, offset, weight, bias, stride, padding, dilation):
     if input.shape[0] == 0:
         return _empty_output(input, weight, stride, padding, dilation)
+    name, _ = choose_backend(input, offset, weight)
+    if name != "triton":
+        return _opaque_forward(input, offset, weight, bias, stride, padding, dilation)
+    output = triton_forward(input, offset, weight, bias, stride, padding, dilation)
+    return output.contiguous(memory_format=_memory_format(input))
+
+
+@torch.library.custom_op("nnunet_deform::deform_conv_opaque", mutates_args=(), schema=_SCHEMA)
+def _opaque_forward(input, offset, weight, bias, stride, padding, dilation):
     _, backend = choose_backend(input, offset, weight)
     output = backend.forward(input, offset, weight, bias, stride, padding, dilation)
     return output.contiguous(memory_format=_memory_format(input))
 
 
+@_opaque_forward.register_fake
 @_forward.register_fake
 def _(input, offset, weight, bias, stride, padding, dilation):
     return _empty_output(input, weight, stride, padding, dilation)
@@ -128,18 +146,26 @@ def _empty_output(input, weight, stride, padding, dilation):
     )
 
 
-@torch.library.custom_op(
-    "nnunet_deform::deform_conv_backward",
-    mutates_args=(),
-    schema="(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, int[] stride, int[] padding, "
-    "int[] dilation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@torch.library.triton_op("nnunet_deform::deform_conv_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
 def _backward(grad_output, input, offset, weight, stride, padding, dilation, needs):
     """The gradients of input, offset, weight and bias; an empty tensor where ``needs`` says that nobody asks."""
     if input.shape[0] == 0:
         return tuple(gradient.zero_() for gradient in _empty_gradients(input, offset, weight, needs))
+    name, _ = choose_backend(input, offset, weight)
+    if name != "triton":
+        return _opaque_backward(grad_output, input, offset, weight, stride, padding, dilation, needs)
+    gradients = triton_backward(grad_output, input, offset, weight, stride, padding, dilation, needs)
+    return _as_results(gradients, input, offset, weight)
+
+
+@torch.library.custom_op("nnunet_deform::deform_conv_opaque_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+def _opaque_backward(grad_output, input, offset, weight, stride, padding, dilation, needs):
     _, backend = choose_backend(input, offset, weight)
     gradients = backend.backward(grad_output, input, offset, weight, stride, padding, dilation, needs)
+    return _as_results(gradients, input, offset, weight)
+
+
+def _as_results(gradients, input, offset, weight):
     formats = (_memory_format(input), *[torch.contiguous_format] * 3)
     return tuple(
         like.new_empty(0) if gradient is None else gradient.contiguous(memory_format=memory_format)
@@ -147,6 +173,7 @@ def _backward(grad_output, input, offset, weight, stride, padding, dilation, nee
     )
 
 
+@_opaque_backward.register_fake
 @_backward.register_fake
 def _(grad_output, input, offset, weight, stride, padding, dilation, needs):
     return _empty_gradients(input, offset, weight, needs)

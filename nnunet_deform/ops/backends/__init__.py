@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nnunet_deform.ops.backends import cpu, reference, torch_
+from nnunet_deform.ops.backends import cpu, reference, torch_, triton_
 
 logger = logging.getLogger("nnunet_deform.ops")
 
@@ -54,10 +54,10 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
 
-_BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference, "torch": torch_}
+_BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference, "torch": torch_, "triton": triton_}
 
 # Fastest first. The reference is slow by design and runs only when it is asked for.
-_PREFERENCE = ("cpu", "torch")
+_PREFERENCE = ("triton", "cpu", "torch")
 
 
 def choose_backend(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[str, Backend]:

@@ -9,6 +9,7 @@ contracts, ``kernel.cpp`` has the arithmetic.
 
 import ctypes
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def unable(input: Tensor, offset: Tensor, weight: Tensor) -> str | None:
             f"it convolves depthwise, one filter for each channel, and the weight {tuple(weight.shape)} for "
             f"{input.shape[1]} channels is not"
         )
-    if max(input.shape[2:].numel(), offset.shape[2:].numel()) > _MOST_VOXELS:
+    # Not torch.Size.numel, which would make torch.compile build for this one size.
+    if max(math.prod(input.shape[2:]), math.prod(offset.shape[2:])) > _MOST_VOXELS:
         return f"it handles at most {_MOST_VOXELS} voxels a batch item"
     return None
 

@@ -1,0 +1,321 @@
+"""The Triton backend: depthwise deformable convolution on NVIDIA GPUs, channels last.
+
+Values are float32, bfloat16 or float16; coordinates and sums are float32. Triton is optional: without it
+:func:`unable` says so. ``kernels.py`` has the arithmetic.
+
+The backward pass is two kernels. One takes a tap at a time: the offset gradient of a tap is complete in one program,
+and the weight gradient is a sum of sums, always added in the same order. The other makes the input gradient, either
+with atomic additions, whose order changes from run to run, or, under ``torch.use_deterministic_algorithms(True)``, from
+the samples sorted by cell: each cell adds its samples in order, and cells that share corners take turns.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+try:
+    import triton
+
+    from nnunet_deform.ops.backends.triton_.kernels import (
+        cell_kernel,
+        forward_kernel,
+        gather_input_gradient_kernel,
+        offset_weight_gradient_kernel,
+        scatter_input_gradient_kernel,
+    )
+except ImportError:
+    triton = None
+
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+# The kernels count voxels in 32 bits, with a bit to spare for the offsets.
+_MOST_VOXELS = 2**29 - 1
+# Elements of a batch item that 32 bits index.
+_MOST_NARROW = 2**31 - 1
+# CUDA's limit on the second axis of a grid.
+_MOST_ITEMS = 65535
+
+# Neighbouring voxels of one program, by the number of axes, and its threads: as many (see kernels.py).
+_BRICK = {2: (1, 4, 8), 3: (2, 2, 8)}
+_WARPS = 1
+
+# Channels of one program: divides the widths that networks have, so that no thread idles, and leaves enough registers.
+_BLOCK = 16
+
+# Programs of the kernel that takes a tap at a time: enough to fill the largest GPU a few times.
+_PROGRAMS = 8192
+
+# What torch.sort needs for a sample of the sorted input gradient: keys, places, and the sort's own copies of both.
+_SORT_BYTES = 36
+# Sorting takes a few taps at a time, so that it needs no more than the input in float32, or than this.
+_SORT_MEMORY = 2**26
+
+
+def unable(input: Tensor, offset: Tensor, weight: Tensor) -> str | None:
+    if triton is None:
+        return "Triton is not installed"
+    if input.device.type != "cuda" and not (_interpreted() and input.device.type == "cpu"):
+        return f"it runs on CUDA devices, and the tensors are on {input.device.type}"
+    if input.dtype == torch.float64:
+        return "it computes in torch.float32, and the input is torch.float64"
+    if weight.shape[:2] != (input.shape[1], 1):
+        return (
+            f"it convolves depthwise, one filter for each channel, and the weight {tuple(weight.shape)} for "
+            f"{input.shape[1]} channels is not"
+        )
+    # Not torch.Size.numel, here and below: it would make torch.compile build for this one size.
+    if max(math.prod(input.shape[2:]), math.prod(offset.shape[2:])) > _MOST_VOXELS:
+        return f"it handles at most {_MOST_VOXELS} voxels a batch item"
+    if input.shape[0] * _offset_groups(offset, weight) > _MOST_ITEMS:
+        return f"it handles at most {_MOST_ITEMS} batch items times deformable groups"
+    return _unable_device(input) if input.device.type == "cuda" else None
+
+
+def _unable_device(input: Tensor) -> str | None:
+    if torch.version.hip:
+        return "it was written for NVIDIA GPUs, and this is an AMD one"
+    capability = torch.cuda.get_device_capability(input.device)
+    needed = (8, 0) if input.dtype == torch.bfloat16 else (7, 0)
+    if capability < needed:
+        return (
+            f"{input.dtype} needs compute capability {needed[0]}.{needed[1]}, and this GPU has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+def forward(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    problem = _Problem(input, offset, weight, stride, padding, dilation)
+    output = problem.empty_output()
+    with _current_device(input):
+        wrap_triton(forward_kernel)[problem.bricks, problem.items, problem.blocks](
+            **problem.input,
+            **problem.offset,
+            weight=problem.by_tap,
+            bias=bias if bias is None else bias.contiguous(),
+            output=output,
+            **problem.geometry,
+            **problem.brick,
+            **problem.channels,
+            WIDE=problem.wide,
+            num_warps=_WARPS,
+        )
+    return output
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    needs_input, needs_offset, needs_weight, needs_bias = needs
+    problem = _Problem(input, offset, weight, stride, padding, dilation)
+    grad_output = grad_output.contiguous(memory_format=_CHANNELS_LAST[input.ndim - 2])
+
+    grad_input = grad_offset = grad_weight = grad_bias = None
+    if needs_input:
+        # Sums of many samples: float32 whatever the dtype of the values.
+        grad_input = torch.zeros_like(input, dtype=torch.float32, memory_format=_CHANNELS_LAST[input.ndim - 2])
+        with _current_device(input):
+            if torch.are_deterministic_algorithms_enabled():
+                _gather_input_gradient(problem, grad_output, grad_input)
+            else:
+                _scatter_input_gradient(problem, grad_output, grad_input)
+        grad_input = grad_input.to(input.dtype)
+    if needs_offset or needs_weight:
+        with _current_device(input):
+            grad_offset, grad_weight = _offset_weight_gradient(problem, grad_output, needs_offset, needs_weight)
+    if needs_bias:
+        grad_bias = grad_output.movedim(1, -1).flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+    return grad_input, grad_offset, grad_weight, grad_bias
+
+
+def _offset_weight_gradient(
+    problem: "_Problem", grad_output: Tensor, needs_offset: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    offset, weight = problem.offset["offset"], problem.weight
+    per_run = max(1, problem.bricks * problem.items * problem.taps // _PROGRAMS)
+    runs = triton.cdiv(problem.bricks, per_run)
+    summands = (runs, problem.batch, problem.groups, problem.taps, problem.channels["group_channels"])
+    grad_offset = offset.new_empty(offset.shape, dtype=torch.float32) if needs_offset else None
+    grad_weight = offset.new_empty(summands, dtype=torch.float32) if needs_weight else None
+    wrap_triton(offset_weight_gradient_kernel)[runs, problem.items, problem.taps](
+        grad_output=grad_output,
+        **problem.input,
+        **problem.offset,
+        weight=problem.by_tap,
+        grad_offset=grad_offset,
+        grad_weight=grad_weight,
+        bricks_per_run=per_run,
+        **problem.geometry,
+        **problem.brick,
+        **problem.channels,
+        WIDE=problem.wide,
+        num_warps=_WARPS,
+    )
+    if needs_offset:
+        grad_offset = grad_offset.to(offset.dtype)
+    if needs_weight:
+        grad_weight = grad_weight.sum((0, 1)).transpose(1, 2).reshape(weight.shape).to(weight.dtype)
+    return grad_offset, grad_weight
+
+
+def _scatter_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input: Tensor) -> None:
+    wrap_triton(scatter_input_gradient_kernel)[problem.bricks, problem.items, problem.blocks](
+        grad_output=grad_output,
+        **problem.offset,
+        weight=problem.by_tap,
+        grad_input=grad_input,
+        **problem.geometry,
+        **problem.brick,
+        **problem.channels,
+        WIDE=problem.wide,
+        num_warps=_WARPS,
+    )
+
+
+def _gather_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input: Tensor) -> None:
+    voxels = math.prod(problem.out_size)
+    cells = [1] * (3 - problem.axes) + [size + 1 for size in problem.size]
+    beyond = problem.items * math.prod(cells)
+    key = torch.int32 if beyond < 2**31 else torch.int64
+    memory = max(_SORT_MEMORY, 4 * math.prod(grad_input.shape))
+    together = min(problem.taps, max(1, memory // (_SORT_BYTES * voxels * problem.items)))
+    for first_tap in range(0, problem.taps, together):
+        taps = min(together, problem.taps - first_tap)
+        numbers = torch.empty((taps, problem.items, voxels), dtype=key, device=grad_input.device)
+        wrap_triton(cell_kernel)[problem.bricks, problem.items, taps](
+            **problem.offset,
+            cells=numbers,
+            first_tap=first_tap,
+            **problem.geometry,
+            **problem.brick,
+            num_warps=_WARPS,
+        )
+        numbers, order = torch.sort(numbers.flatten(), stable=True)
+        starts = torch.searchsorted(numbers, torch.arange(beyond + 1, dtype=key, device=numbers.device))
+        del numbers
+        for parity in itertools.product(*(range(min(2, number)) for number in cells)):
+            in_turn = math.prod((number - odd + 1) // 2 for number, odd in zip(cells, parity, strict=True))
+            wrap_triton(gather_input_gradient_kernel)[in_turn, problem.items, problem.blocks](
+                grad_output=grad_output,
+                **problem.offset,
+                weight=problem.by_tap,
+                order=order,
+                starts=starts,
+                grad_input=grad_input,
+                first_tap=first_tap,
+                parity_d=parity[0],
+                parity_h=parity[1],
+                parity_w=parity[2],
+                **problem.geometry,
+                **problem.channels,
+                SAMPLES=32 * _WARPS,
+                num_warps=_WARPS,
+            )
+
+
+class _Problem:
+    """The kernels' arguments, under the names they have there, and the axes of their grids."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> None:
+        self.axes = len(stride)
+        self.batch, channels = input.shape[0], int(input.shape[1])
+        self.size, self.out_size = input.shape[2:], offset.shape[2:]
+        self.weight = weight
+        self.by_tap = weight.flatten(1).t().contiguous()  # [taps, channels]
+        self.taps = int(self.by_tap.shape[0])
+        self.groups = _offset_groups(offset, weight)
+        self.items = self.batch * self.groups
+
+        if input.stride(1) != 1:
+            input = input.contiguous(memory_format=_CHANNELS_LAST[self.axes])
+        # Planar, channels last, or anything else in which the voxels are evenly spaced.
+        if not offset.is_contiguous(memory_format=_CHANNELS_LAST[self.axes]):
+            offset = offset.contiguous()
+        self.input = {"input": input, "input_batch_stride": input.stride(0)}
+        self.input |= _by_axis("input_{}_stride", input.stride()[2:], 0)
+        self.offset = {"offset": offset}
+        for name, step in zip(("batch", "channel", "voxel"), offset.flatten(2).stride(), strict=True):
+            self.offset[f"offset_{name}_stride"] = step
+        self.geometry = {
+            **_by_axis("in_{}", self.size, 1),
+            **_by_axis("out_{}", self.out_size, 1),
+            **_by_axis("stride_{}", stride, 1),
+            **_by_axis("padding_{}", padding, 0),
+            **_by_axis("dilation_{}", dilation, 1),
+            "groups": self.groups,
+            "AXES": self.axes,
+            **{name: int(k) for name, k in _by_axis("KERNEL_{}", weight.shape[2:], 1).items()},
+        }
+        brick = _BRICK[self.axes]
+        self.brick = _by_axis("BRICK_{}", brick, 1)
+        self.bricks = math.prod(
+            triton.cdiv(size, length) for size, length in zip(_three(self.out_size, 1), brick, strict=True)
+        )
+        group_channels = channels // self.groups
+        block = min(_BLOCK, triton.next_power_of_2(group_channels))
+        self.channels = {"group_channels": group_channels, "BLOCK_C": block, "MASKED": group_channels % block != 0}
+        self.blocks = triton.cdiv(group_channels, block)
+        reach = sum((size - 1) * step for size, step in zip(input.shape[1:], input.stride()[1:], strict=True))
+        self.wide = max(reach, math.prod(input.shape[1:])) > _MOST_NARROW
+
+    def empty_output(self) -> Tensor:
+        input = self.input["input"]
+        return torch.empty(
+            (*input.shape[:2], *self.out_size),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=_CHANNELS_LAST[self.axes],
+        )
+
+
+def _by_axis(name: str, values: Sequence[int], missing: int) -> dict[str, int]:
+    """The values as arguments for depth, height and width."""
+    letters = "DHW" if name.isupper() else "dhw"
+    return {name.format(axis): value for axis, value in zip(letters, _three(values, missing), strict=True)}
+
+
+def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
+    """One value for each of three axes; a 2D problem lacks the first."""
+    return (missing,) * (3 - len(values)) + tuple(values)
+
+
+def _offset_groups(offset: Tensor, weight: Tensor) -> int:
+    return int(offset.shape[1] // ((offset.ndim - 2) * math.prod(weight.shape[2:])))
+
+
+def _current_device(input: Tensor) -> AbstractContextManager:
+    """Triton launches on the current GPU, whichever one the tensors are on."""
+    return torch.cuda.device(input.device) if input.is_cuda and torch.cuda.is_available() else nullcontext()
+
+
+def _interpreted() -> bool:
+    """TRITON_INTERPRET=1 runs the kernels in NumPy, which is how they are tested without a GPU."""
+    return not isinstance(forward_kernel, triton.JITFunction)

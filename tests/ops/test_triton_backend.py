@@ -1,0 +1,243 @@
+"""The Triton backend where there is no GPU: interpreted, compiled for one, and seen by torch.compile.
+
+What the kernels compute is in triton_interpreted.py, which runs here in a process of its own. On a GPU the tests that
+are parametrised over backends and devices run it as well (``-m gpu``).
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nnunet_deform.ops import BACKEND_VARIABLE, backends_for, choose_backend, deform_conv3d
+from nnunet_deform.ops.backends import triton_
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def tensors(size, channels=48, dtype=torch.float32, device="meta", batch=2):
+    """Input, offset and weight for a kernel of 3 with padding 1."""
+    taps = 3 ** len(size)
+    return (
+        torch.empty(batch, channels, *size, dtype=dtype, device=device),
+        torch.empty(batch, len(size) * taps, *size, device=device),
+        torch.empty(channels, 1, *[3] * len(size), dtype=dtype, device=device),
+    )
+
+
+def run_pytest(*arguments: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        env={**os.environ, **environment},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@needs_triton
+def test_interpreted_kernels_agree_with_the_reference():
+    output = run_pytest("triton_interpreted.py", TRITON_INTERPRET="1")
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 43, output
+
+
+@needs_triton
+def test_interpreted_kernels_follow_the_convention():
+    """The tests of every backend, as far as the interpreter is quick enough for them.
+
+    It also truncates to bfloat16 where a GPU rounds, too coarse for the test of precision on long axes.
+    """
+    selection = "triton and (borders or right_derivative or wild_half)"
+    output = run_pytest("test_deform_conv_convention.py", "-k", selection, TRITON_INTERPRET="1")
+    assert int(re.search(r"(\d+) passed", output)[1]) == 7, output
+
+
+@needs_triton
+@pytest.mark.gpu
+def test_kernels_agree_with_the_reference_on_a_gpu():
+    run_pytest("triton_interpreted.py")
+
+
+class Launches:
+    """In the place of ``wrap_triton``: the kernels and the arguments they are launched with."""
+
+    def __init__(self) -> None:
+        self.launched = {}
+
+    def __call__(self, kernel):
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid):
+        assert all(extent > 0 for extent in grid)
+        return lambda **arguments: self.launched.setdefault(self.kernel.fn.__name__, (self.kernel, arguments))
+
+
+def compiled_for_hopper(kernel, arguments: dict):
+    """The kernel compiled for sm_90, specialised as a launch with these arguments specialises it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+    options = {"num_warps": arguments.pop("num_warps"), "enable_fp_fusion": True}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments.pop(parameter.name)
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and specialised and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = types[value.dtype] if is_tensor else "i32" if abs(value) < 2**31 else "i64"
+        if specialised and (is_tensor or value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    assert not arguments
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", 90, 32), options)
+
+
+# By kernel: registers allowed to a thread in float32 and in bfloat16, and accesses of 16 bytes in either. A program has
+# 32 voxels and 16 channels for 32 threads, so that a thread makes 4 such accesses for each corner (2 in bfloat16) or 2
+# for each corner and axis end taken at a time.
+EXPECTED = {
+    "forward_kernel": ((128, 128), (32, 16), r"ld\.global\.v4\.b32"),
+    "offset_weight_gradient_kernel": ((255, 255), (16, 8), r"ld\.global\.v4\.b32"),
+    "scatter_input_gradient_kernel": ((128, 128), (32, 32), r"red\.global\.gpu\.relaxed\.add\.v4\.f32"),
+    "cell_kernel": ((40, 40), (0, 0), r"ld\.global\.v4\.b32"),
+    "gather_input_gradient_kernel": ((128, 255), (8, 4), r"ld\.global\.v4\.b32"),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_compiles_for_hopper_with_vector_accesses_and_without_spills(dtype, monkeypatch, tmp_path):
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    missing = [name for name in ("ptxas-blackwell", "cuobjdump") if not (tools / name).exists()]
+    if missing:
+        pytest.skip(f"this Triton has no {' and no '.join(missing)}")
+
+    launches = Launches()
+    monkeypatch.setattr(triton_, "wrap_triton", launches)
+    input, offset, weight = tensors((48, 48, 48), dtype=dtype)
+    spatial = ([1] * 3, [1] * 3, [1] * 3)
+    output = triton_.forward(input, offset, weight, weight.new_empty(48), *spatial)
+    triton_.backward(output, input, offset, weight, *spatial, [True] * 4)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    triton_.backward(output, input, offset, weight, *spatial, [True, False, False, False])
+
+    assert set(launches.launched) == set(EXPECTED)
+    half = dtype == torch.bfloat16
+    for name, (kernel, arguments) in launches.launched.items():
+        registers, accesses, pattern = EXPECTED[name]
+        compiled = compiled_for_hopper(kernel, dict(arguments))
+        cubin = tmp_path / f"{name}.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        assert found["REG"] <= registers[half], (name, found)
+        # What does not fit into the registers is spilled to the stack.
+        assert (found["STACK"], found["LOCAL"]) == (0, 0), name
+        ptx = compiled.asm["ptx"]
+        assert not re.search(r"\b(ld|st)\.local", ptx), name
+        assert len(re.findall(pattern, ptx)) >= accesses[half], name
+
+
+@needs_triton
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torch_compile_sees_the_kernels(deterministic: bool, monkeypatch: pytest.MonkeyPatch):
+    """Traced with tensors that only claim to be on a GPU; one graph serves every size."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.name for node in graph.graph.nodes])
+        return graph.forward
+
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(triton_, "_unable_device", lambda input: None)
+    compiler = aot_autograd(fw_compiler=keep)
+    backward = torch.ops.nnunet_deform.deform_conv_backward
+    forward = torch.compile(
+        lambda *t: deform_conv3d(*t, padding=1).sin(), fullgraph=True, dynamic=True, backend=compiler
+    )
+    gradients = torch.compile(
+        lambda *t: backward(*t, [1] * 3, [1] * 3, [1] * 3, [True] * 4), fullgraph=True, dynamic=True, backend=compiler
+    )
+    torch.compiler.reset()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            # No two sizes of the first call agree, or they would be taken for one.
+            for size, batch, stance in (((5, 6, 7), 4, "default"), ((8, 4, 5), 3, "fail_on_recompile")):
+                made = tensors(size, channels=2, device="cuda", batch=batch)
+                with torch.compiler.set_stance(stance):
+                    output = forward(*made)
+                    results = gradients(output, *made)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.compiler.reset()
+    assert output.shape == made[0].shape
+    assert [tuple(r.shape) for r in results] == [*(tuple(t.shape) for t in made), (2,)]
+    kernels = [sum("triton_kernel_wrapper" in name for name in graph) for graph in graphs]
+    # One forward; for the gradients two, or one, one to number the cells and one for each of eight parities.
+    assert kernels == [1, 10 if deterministic else 2]
+    assert not any("deform_conv" in name for graph in graphs for name in graph)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda i, o, w: (i, o, w), "it runs on CUDA devices, and the tensors are on cpu"),
+        (lambda i, o, w: (i.cuda(), o.cuda(), w.cuda()), None),
+        (lambda i, o, w: (i.double().cuda(), o.double().cuda(), w.double().cuda()), "the input is torch.float64"),
+        (lambda i, o, w: (i.cuda(), o.cuda(), w.expand(-1, 4, -1, -1, -1).cuda()), "it convolves depthwise"),
+        (lambda i, o, w: (i.cuda().expand(-1, -1, 2**28, -1, -1), o.cuda(), w.cuda()), "at most 536870911 voxels"),
+        (lambda i, o, w: (i.cuda().repeat(40000, 1, 1, 1, 1), o.cuda(), w.cuda()), "at most 65535 batch items"),
+    ],
+)
+def test_what_it_cannot_do_has_a_reason(change, reason, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_, "_unable_device", lambda input: None)
+    with FakeTensorMode():
+        found = triton_.unable(*change(*tensors((1, 2, 2), channels=4, device="cpu")))
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((6, 1), torch.float32, "torch.float32 needs compute capability 7.0, and this GPU has 6.1"),
+        ((7, 0), torch.float16, None),
+        ((7, 5), torch.bfloat16, "torch.bfloat16 needs compute capability 8.0, and this GPU has 7.5"),
+        ((9, 0), torch.bfloat16, None),
+    ],
+)
+def test_old_gpus_have_a_reason(capability, dtype, reason, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert triton_._unable_device(torch.empty(1, dtype=dtype)) == reason
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "AMD" in triton_._unable_device(torch.empty(1, dtype=dtype))
+
+
+def test_without_triton_there_is_a_reason_and_another_backend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    monkeypatch.setattr(triton_, "triton", None)
+    made = tensors((3, 4, 5), channels=4, device="cpu")
+    assert backends_for(*made)["triton"] == "Triton is not installed"
+    assert choose_backend(*made)[0] != "triton"
