@@ -143,11 +143,6 @@ class Case:
             leaf.requires_grad_()
 
     @property
-    def result_bytes(self) -> int:
-        """Of the output and the gradients."""
-        return sum(tensor.nbytes for tensor in (*self.leaves, self.grad_output))
-
-    @property
     def input_bytes(self) -> int:
         return self.input.numel() * 4
 
@@ -203,7 +198,7 @@ def extra_memory(contender: Contender, shape: tuple[int, int, int], device: str,
         case.forward_backward(contender)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        case.forward_backward(contender)
+        results = case.forward_backward(contender)
         peak = torch.cuda.max_memory_allocated() - before
     else:
         peak_memory = PeakMemory()
@@ -213,8 +208,7 @@ def extra_memory(contender: Contender, shape: tuple[int, int, int], device: str,
         peak_memory.start()
         results = case.forward_backward(contender)
         peak = peak_memory.bytes()
-        del results
-    return (peak - case.result_bytes) / case.input_bytes
+    return (peak - sum(tensor.nbytes for tensor in results if tensor is not None)) / case.input_bytes
 
 
 def in_own_process(threads: int, contender: Contender, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
