@@ -186,41 +186,47 @@ class PairSum(nn.Module):
         return first + second
 
 
-class DecoderStage(nn.Module):
-    """Eqs. 14-21: [B, in, *coarse], [B, out, *fine] and the anchors -> [B, out, *fine]."""
+class SkipFusion(nn.Module):
+    """Eqs. 14-16: [B, in, *coarse], [B, out, *fine] and the anchors -> [B, 2 * out, *fine]."""
 
     def __init__(
         self,
-        ghost: bool,
         transposed_conv_op: type[nn.Module],
         in_channels: int,
         out_channels: int,
         stride: Sequence[int],
-        kernel_size: Sequence[int],
         num_anchors: int | None,
     ) -> None:
         super().__init__()
-        ndim, both = len(stride), 2 * out_channels
         self.up = transposed_conv_op(in_channels, out_channels, tuple(stride), tuple(stride))
         self.position_bias = None if num_anchors is None else PositionBias(num_anchors, out_channels)
-        self.fusion = SqueezeExcite(both)
-        self.selector = pointwise_conv(ndim, both, 3)
-        self.branches = nn.ModuleList(
-            nn.Sequential(features, NormAct(out_channels))
-            for features in (
-                PairSum(out_channels, kernel_size),
-                ghost_or_standard(ghost, both, out_channels, kernel_size),
-                pointwise_conv(ndim, both, out_channels, bias=False),
-            )
-        )
-        self.recalibration = SqueezeExcite(out_channels)
+        self.recalibration = SqueezeExcite(2 * out_channels)
 
     def forward(self, coarse: Tensor, skip: Tensor, anchors: Tensor | None) -> Tensor:
         up = self.up(coarse)
         if self.position_bias is not None:
             up = self.position_bias(up, anchors)
-        fused = self.fusion(concatenate_channels(up, skip))
-        del up, skip
+        return self.recalibration(concatenate_channels(up, skip))
+
+
+class BranchMixture(nn.Module):
+    """Eqs. 17-21: [B, 2 * C, *spatial] -> [B, C, *spatial]."""
+
+    def __init__(self, ghost: bool, channels: int, kernel_size: Sequence[int]) -> None:
+        super().__init__()
+        ndim, both = len(kernel_size), 2 * channels
+        self.selector = pointwise_conv(ndim, both, 3)
+        self.branches = nn.ModuleList(
+            nn.Sequential(features, NormAct(channels))
+            for features in (
+                PairSum(channels, kernel_size),
+                ghost_or_standard(ghost, both, channels, kernel_size),
+                pointwise_conv(ndim, both, channels, bias=False),
+            )
+        )
+        self.recalibration = SqueezeExcite(channels)
+
+    def forward(self, fused: Tensor) -> Tensor:
         shares = self.selector(fused).softmax(1).split(1, dim=1)
         mixed = multiplied(self.branches[0](fused), shares[0])
         for branch, share in zip(self.branches[1:], shares[1:], strict=True):
@@ -234,14 +240,16 @@ class DecoderStage(nn.Module):
 class LightMedDecoder(nn.Module):
     """From the stem's and the encoder's features to logits: a list, finest first, under deep supervision, else one.
 
-    The last ``len(skips)`` stages take the features of their own level as skip, level 0 the stem's; those before them
-    ask the router. ``seg_layers[0]`` is the coarsest head, as in nnU-Net's decoders. All heads are always built, so a
-    checkpoint loads whether or not deep supervision is on; a network built without it does not train the coarser ones.
+    A stage is a fusion and a mixture. The last ``len(skips)`` stages take the features of their own level as skip,
+    level 0 the stem's; those before them ask the router. ``seg_layers[0]`` is the coarsest head, as in nnU-Net's
+    decoders. All heads are always built, so a checkpoint loads whether or not deep supervision is on; a network built
+    without it does not train the coarser ones.
     """
 
     def __init__(
         self,
-        stages: Sequence[nn.Module],
+        fusions: Sequence[nn.Module],
+        mixtures: Sequence[nn.Module],
         router: SkipRouter | None,
         skips: Sequence[nn.Module],
         seg_layers: Sequence[nn.Module],
@@ -249,7 +257,8 @@ class LightMedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
-        self.stages = nn.ModuleList(stages)
+        self.fusions = nn.ModuleList(fusions)
+        self.mixtures = nn.ModuleList(mixtures)
         self.router = router
         self.skips = nn.ModuleList(skips)
         self.seg_layers = nn.ModuleList(seg_layers)
@@ -264,21 +273,25 @@ class LightMedDecoder(nn.Module):
         features: Sequence[Tensor],
         anchors: Tensor | None,
     ) -> Tensor | list[Tensor]:
-        n, routed = len(self.stages), len(self.stages) - len(self.skips)
+        stages = list(zip(self.fusions, self.mixtures, self.seg_layers, strict=True))
         logits = []
-        for index, (stage, head) in enumerate(zip(self.stages, self.seg_layers, strict=True)):
-            level = n - 1 - index
+        for index, (fusion, mixture, head) in enumerate(stages):
+            level = len(stages) - 1 - index
             size = image_size if level == 0 else features[level - 1].shape[2:]
-            if index < routed:
-                skip = self.router(features, size, index)
-            else:
-                source = stem if level == 0 else features[level - 1]
-                skip = resampled(self.skips[index - routed](source), size)
-            z = stage(z, skip, anchors)
-            del skip
+            # No name holds the skip: at full resolution it would be kept beside the maps of the mixture.
+            fused = fusion(z, self._skip(index, level, size, stem, features), anchors)
+            z = mixture(fused)
+            del fused
             if level == 0 or self.deep_supervision:
                 logits.append(head(z))
         return logits[::-1] if self.deep_supervision else logits[0]
+
+    def _skip(self, index: int, level: int, size: Sequence[int], stem: Tensor, features: Sequence[Tensor]) -> Tensor:
+        routed = len(self.fusions) - len(self.skips)
+        if index < routed:
+            return self.router(features, size, index)
+        source = stem if level == 0 else features[level - 1]
+        return resampled(self.skips[index - routed](source), size)
 
 
 class LightMedSeg(nn.Module):
@@ -397,17 +410,16 @@ class LightMedSeg(nn.Module):
         n_routed = 0 if router == "none" or n == 1 else max(n - 2, 1)
         self.decoder = LightMedDecoder(
             [
-                DecoderStage(
-                    ghost,
+                SkipFusion(
                     transposed_conv_op,
                     features_per_stage[level + 1],
                     widths[level],
                     strides[level + 1],
-                    kernel_sizes[level],
                     None if anchors == "none" else num_anchors,
                 )
                 for level in coarse_to_fine
             ],
+            [BranchMixture(ghost, widths[level], kernel_sizes[level]) for level in coarse_to_fine],
             SkipRouter(
                 ndim, widths, skip_channels, [widths[level] for level in coarse_to_fine[:n_routed]], router == "learned"
             )

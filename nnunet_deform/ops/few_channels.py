@@ -48,9 +48,14 @@ def few_channel_conv(
         fill = [0, 0] * len(kernel) + [0, _LANES - channels]
         return conv(F.pad(input, fill), F.pad(weight, fill), bias, stride, padding)
     same_depth = len(kernel) == 3 and 1 < kernel[0] == 2 * padding[0] + 1
-    if unit_stride and same_depth and kernel[0] * len(weight) <= _LANES and not torch.is_grad_enabled():
+    if unit_stride and same_depth and kernel[0] * len(weight) <= _LANES and _writes_in_place():
         return _conv3d_by_planes(input, weight, bias, padding)
     return conv(input, weight, bias, stride, padding)
+
+
+def _writes_in_place() -> bool:
+    """Whether a tensor may be filled part by part: autograd and compilers do better with one expression."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _conv3d_by_planes(input: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
@@ -70,7 +75,7 @@ def _conv3d_by_planes(input: Tensor, weight: Tensor, bias: Tensor | None, paddin
 
 def concatenate_channels(first: Tensor, second: Tensor) -> Tensor:
     """``torch.cat`` of [B, C1, *spatial] and [B, C2, *spatial]; on a CPU the faster copy of channels-last tensors."""
-    if first.device.type != "cpu" or torch.is_grad_enabled():
+    if first.device.type != "cpu" or not _writes_in_place():
         return torch.cat((first, second), dim=1)
     split = first.shape[1]
     output = torch.empty(

@@ -79,7 +79,8 @@ def test_parameters_of_each_module():
     assert [parameter_count(controller) for controller in decoder.router.controllers] == [16_708, 16_708]
     assert [parameter_count(output) for output in decoder.router.outputs] == [4_160, 2_080]
     assert [parameter_count(skip) for skip in decoder.skips] == [144, 72]
-    assert [parameter_count(stage) for stage in decoder.stages] == [167_763, 51_627, 13_655, 3_823]
+    stages = zip(decoder.fusions, decoder.mixtures, strict=True)
+    assert [sum(map(parameter_count, stage)) for stage in stages] == [167_763, 51_627, 13_655, 3_823]
     # Coarsest first, as in nnU-Net's decoders, where transfer learning looks for them.
     assert [parameter_count(head) for head in decoder.seg_layers] == [195, 99, 51, 27]
 
@@ -202,9 +203,9 @@ def forward_by_hand(network: LightMedSeg, plan: Plan, x: Tensor) -> list[Tensor]
     outputs = []
     routed = max(n - 2, 1) if n > 1 else 0
     for i in range(n):
-        stage = f"decoder.stages.{i}"
+        fusion, mixture = f"decoder.fusions.{i}", f"decoder.mixtures.{i}"
         level = n - 1 - i
-        y = up_conv(y, *both(f"{stage}.up"), stride=plan.strides[level + 1])
+        y = up_conv(y, *both(f"{fusion}.up"), stride=plan.strides[level + 1])
         size = y.shape[2:]
         if i < routed:
             projected = [
@@ -222,19 +223,21 @@ def forward_by_hand(network: LightMedSeg, plan: Plan, x: Tensor) -> list[Tensor]
             centre - a.unflatten(1, (-1, ndim))[:, :, axis].reshape(len(x), -1, *[1] * ndim)
             for axis, centre in enumerate(centres)
         )  # [B, K, *size]
-        weight, bias = both(f"{stage}.position_bias.linear")
+        weight, bias = both(f"{fusion}.position_bias.linear")
         p = conv(offsets, weight.reshape(*weight.shape, *[1] * ndim), bias)
-        f = gate(torch.cat((y + p, skip), 1), f"{stage}.fusion")
-        pi = same(f, f"{stage}.selector").softmax(1)
+        f = gate(torch.cat((y + p, skip), 1), f"{fusion}.recalibration")
+        pi = same(f, f"{mixture}.selector").softmax(1)
         width = y.shape[1]
         paired = torch.stack((f[:, :width], f[:, width:]), 2).flatten(1, 2)
-        depthwise = of(f"{stage}.branches.0.0.depthwise.weight")
+        depthwise = of(f"{mixture}.branches.0.0.depthwise.weight")
         pairs = torch.cat((depthwise[:width], depthwise[width:]), 1)
         f1 = conv(paired, pairs, padding=[k // 2 for k in pairs.shape[2:]], groups=width)
-        f2 = ghost(f, f"{stage}.branches.1.0")
-        f3 = same(f, f"{stage}.branches.2.0")
-        y = sum(pi[:, b : b + 1] * norm_act(branch, f"{stage}.branches.{b}.1") for b, branch in enumerate((f1, f2, f3)))
-        y = gate(y, f"{stage}.recalibration")
+        f2 = ghost(f, f"{mixture}.branches.1.0")
+        f3 = same(f, f"{mixture}.branches.2.0")
+        y = sum(
+            pi[:, b : b + 1] * norm_act(branch, f"{mixture}.branches.{b}.1") for b, branch in enumerate((f1, f2, f3))
+        )
+        y = gate(y, f"{mixture}.recalibration")
         outputs.insert(0, same(y, f"decoder.seg_layers.{i}"))
     assert used == set(state)
     return outputs
@@ -429,8 +432,8 @@ def test_kernels_and_strides_follow_the_plan():
     assert [pool.stride for pool in network.encoder.pools] == strides[1:]
     assert isinstance(network.encoder.pools[0], nn.MaxPool3d)
     assert [stage.detail[0].kernel_size for stage in network.encoder.stages] == [(1, 3, 3), *[(3, 3, 3)] * 3]
-    assert [stage.up.stride for stage in network.decoder.stages] == strides[::-1]
-    kernels = [stage.branches[0][0].depthwise.kernel_size for stage in network.decoder.stages]
+    assert [fusion.up.stride for fusion in network.decoder.fusions] == strides[::-1]
+    kernels = [mixture.branches[0][0].depthwise.kernel_size for mixture in network.decoder.mixtures]
     assert kernels == [(3, 3, 3), (3, 3, 3), (1, 3, 3), (1, 3, 3)]
 
 
