@@ -48,8 +48,7 @@ def topology_of(architecture: Mapping[str, Any], patch_size: Sequence[int], max_
     """The topology of a plan's architecture, cut to its first ``max_levels`` levels.
 
     Raises:
-        ValueError: fewer than two levels, levels without strides or kernels, or a coarsest level of a single voxel,
-            which InstanceNorm cannot normalise.
+        ValueError: fewer than two levels, or levels without strides or kernels.
     """
     arguments = architecture["arch_kwargs"]
     missing = [key for key in ("strides", "kernel_sizes") if key not in arguments]
@@ -66,15 +65,19 @@ def topology_of(architecture: Mapping[str, Any], patch_size: Sequence[int], max_
             f"the plan has {len(strides)} level (strides {strides}), but at least 2 are needed; plan with a larger "
             f"patch than {list(patch_size)}."
         )
+    return Topology(strides, kernel_sizes)
+
+
+def require_extent(topology: Topology, patch_size: Sequence[int]) -> None:
+    """Raises ValueError if the coarsest level is a single voxel, which InstanceNorm cannot normalise."""
     coarsest = list(patch_size)
-    for stride in strides:
+    for stride in topology.strides:
         coarsest = [-(-size // step) for size, step in zip(coarsest, stride, strict=True)]
     if all(size == 1 for size in coarsest):
         raise ValueError(
-            f"the patch {list(patch_size)} shrinks to a single voxel over the strides {strides}, which InstanceNorm "
-            "cannot normalise; plan with a larger patch or fewer levels."
+            f"the patch {list(patch_size)} shrinks to a single voxel over the strides {topology.strides}, which "
+            "InstanceNorm cannot normalise; plan with a larger patch or fewer levels."
         )
-    return Topology(strides, kernel_sizes)
 
 
 def _per_axis(value: int | Sequence[int], ndim: int) -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnunet_deform.plans.architecture import Architecture, topology_of
+from nnunet_deform.plans.architecture import Architecture, require_extent, topology_of
 
 NETWORK = "nnunet_deform.networks.DeformUXNet"
 BASE_FEATURES = 48
@@ -30,7 +30,7 @@ def deformux_architecture(
         network_options: further arguments of :class:`nnunet_deform.networks.DeformUXNet`.
 
     Raises:
-        ValueError: the plan has fewer than two levels, or its architecture no strides.
+        ValueError: the plan has fewer than two levels, its architecture no strides, or the patch is too small.
         NotImplementedError: ``offset_axes`` names an axis that the configuration does not have.
     """
     axes = network_options.get("offset_axes", ())
@@ -44,6 +44,7 @@ def deformux_architecture(
         return {**base, "arch_kwargs": {**base["arch_kwargs"], **given, **network_options}}
 
     topology = topology_of(base, patch_size, max_levels)
+    require_extent(topology, patch_size)
     if features_per_stage is None:
         features_per_stage = [min(BASE_FEATURES * 2**level, MAX_FEATURES) for level in range(len(topology.strides))]
     return {

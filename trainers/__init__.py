@@ -19,6 +19,17 @@ from nnunet_deform.trainers.deformux import (
     nnUNetTrainerDeformUX_yz,
     nnUNetTrainerUXNet,
 )
+from nnunet_deform.trainers.lightmedseg import (
+    nnUNetTrainerLightMedSeg,
+    nnUNetTrainerLightMedSeg_anchors16,
+    nnUNetTrainerLightMedSeg_anchors32,
+    nnUNetTrainerLightMedSeg_noAnchors,
+    nnUNetTrainerLightMedSeg_noLSPM,
+    nnUNetTrainerLightMedSeg_noRouter,
+    nnUNetTrainerLightMedSeg_opOff,
+    nnUNetTrainerLightMedSeg_paper,
+    nnUNetTrainerLightMedSegStandard,
+)
 
 __all__ = [
     "nnUNetTrainerDeformUX",
@@ -33,5 +44,14 @@ __all__ = [
     "nnUNetTrainerDeformUX_xy",
     "nnUNetTrainerDeformUX_xz",
     "nnUNetTrainerDeformUX_yz",
+    "nnUNetTrainerLightMedSeg",
+    "nnUNetTrainerLightMedSegStandard",
+    "nnUNetTrainerLightMedSeg_anchors16",
+    "nnUNetTrainerLightMedSeg_anchors32",
+    "nnUNetTrainerLightMedSeg_noAnchors",
+    "nnUNetTrainerLightMedSeg_noLSPM",
+    "nnUNetTrainerLightMedSeg_noRouter",
+    "nnUNetTrainerLightMedSeg_opOff",
+    "nnUNetTrainerLightMedSeg_paper",
     "nnUNetTrainerUXNet",
 ]

@@ -25,7 +25,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_deform import trainers
 from nnunet_deform.trainers.base import AtomicCheckpoints
-from nnunet_deform.trainers.schedules import WarmupCosineSchedule
+from nnunet_deform.trainers.recipes import AdamWRecipe
 
 _NAME = re.compile(
     r"(?P<base>nnUNetTrainer\w*?)"
@@ -82,55 +82,11 @@ def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) ->
         bases.append(Shortened)
         attributes["variant_epochs"] = int(parts["epochs"])
         attributes["variant_iterations"] = int(parts["iterations"]) if parts["iterations"] else None
-    if parts["adamw"]:
+    if parts["adamw"] and not issubclass(base, AdamWRecipe):
         bases.append(AdamWRecipe)
     if not issubclass(base, AtomicCheckpoints):
         bases.append(AtomicCheckpoints)
     return type(name, (*bases, base), attributes)
-
-
-class AdamWRecipe(nnUNetTrainer):
-    """AdamW with warm-up and cosine, both by iteration."""
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 1e-3
-        self.weight_decay = 1e-4
-        self.warmup_epochs = 10
-        self._iteration = 0
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosineSchedule]:
-        matrices, vectors = [], []
-        for parameter in self.network.parameters():
-            (matrices if parameter.ndim > 1 else vectors).append(parameter)
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=self.initial_lr,
-        )
-        schedule = WarmupCosineSchedule(
-            optimizer,
-            self.initial_lr,
-            warmup_epochs=self.warmup_epochs,
-            num_epochs=self.num_epochs,
-            iterations_per_epoch=self.num_iterations_per_epoch,
-        )
-        return optimizer, schedule
-
-    def on_train_epoch_start(self) -> None:
-        self._iteration = 0
-        super().on_train_epoch_start()
-
-    def train_step(self, batch: dict) -> dict:
-        self.lr_scheduler.step(self.current_epoch, self._iteration)
-        self._iteration += 1
-        return super().train_step(batch)
 
 
 class Shortened(nnUNetTrainer):

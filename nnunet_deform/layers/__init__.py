@@ -1,7 +1,27 @@
 """Modules that wire operators together. They know no network and nothing of nnU-Net."""
 
 from nnunet_deform.layers.deform import DeformConv
+from nnunet_deform.layers.lightmed import (
+    AnchorDetector,
+    ChannelAffine,
+    FiLM,
+    LocalStructuralPrior,
+    PositionBias,
+    SqueezeExcite,
+)
 from nnunet_deform.layers.norm import ChannelLayerNorm
 from nnunet_deform.layers.residual import ConvStyle, ResidualBlock, UpBlock
 
-__all__ = ["ChannelLayerNorm", "ConvStyle", "DeformConv", "ResidualBlock", "UpBlock"]
+__all__ = [
+    "AnchorDetector",
+    "ChannelAffine",
+    "ChannelLayerNorm",
+    "ConvStyle",
+    "DeformConv",
+    "FiLM",
+    "LocalStructuralPrior",
+    "PositionBias",
+    "ResidualBlock",
+    "SqueezeExcite",
+    "UpBlock",
+]

@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import ChannelLayerNorm, ConvStyle, DeformConv, ResidualBlock, UpBlock
 from nnunet_deform.layers.deform import OffsetAxes
+from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
+from nnunet_deform.ops import CHANNELS_LAST
 
 UX_NET_OPTIONS: dict[str, Any] = {
     "block": "convnext",
@@ -47,7 +49,6 @@ UX_NET_OPTIONS: dict[str, Any] = {
 STORED_PER_COUNTED = 1.85
 
 LEAKY_RELU_SLOPE = 0.01
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class Mlp(nn.Module):
@@ -167,7 +168,7 @@ class DeformUXEncoder(nn.Module):
             if level > 0:
                 z = self.downsamplings[level - 1](z)
             # Norms, matrix products and sampling all read whole voxels: channels last, they need no copies.
-            z = stage(z.contiguous(memory_format=_CHANNELS_LAST[z.ndim - 2]))
+            z = stage(z.contiguous(memory_format=CHANNELS_LAST[z.ndim - 2]))
             outputs.append(norm(z).contiguous())
         return outputs
 
@@ -281,7 +282,7 @@ class DeformUXNet(nn.Module):
     ) -> None:
         super().__init__()
         ndim = convert_conv_op_to_dim(conv_op)
-        _check_topology(n_stages, features_per_stage, kernel_sizes, strides, ndim)
+        check_topology("DeformUX-Net", n_stages, features_per_stage, kernel_sizes, strides, ndim)
         if block not in ("eq3", "convnext"):
             raise ValueError(f"block={block!r} must be 'eq3' or 'convnext'.")
         if scaling not in ("mlp", "depthwise", "none"):
@@ -349,29 +350,15 @@ class DeformUXNet(nn.Module):
         self.strides = [tuple(stride) for stride in strides]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        size = x.shape[2:]
-        ndim = len(self.strides[0])
-        if len(size) != ndim:
-            raise ValueError(f"input has shape {tuple(x.shape)}; this network needs {ndim} spatial axes.")
-        total_stride = [math.prod(along) for along in zip(*self.strides, strict=True)]
-        missing = [-s % total for s, total in zip(size, total_stride, strict=True)]
-        if any(missing):
-            x = F.pad(x, [p for m in reversed(missing) for p in (0, m)])
-        skips = [encode(features) for encode, features in zip(self.skip_encoders, [x, *self.encoder(x)], strict=True)]
+        padded = pad_to_levels(x, self.strides)
+        skips = [
+            encode(features)
+            for encode, features in zip(self.skip_encoders, [padded, *self.encoder(padded)], strict=True)
+        ]
         logits = self.decoder(skips)
-        if any(missing):
-            return self._crop(logits, size)
-        return logits
-
-    def _crop(self, logits: Tensor | list[Tensor], size: Sequence[int]) -> Tensor | list[Tensor]:
-        """Logits of the padded input, without the padding."""
-        if isinstance(logits, Tensor):
-            return logits[(..., *map(slice, size))]
-        cropped = []
-        for level_logits, stride in zip(logits, self.strides[:-1], strict=True):
-            size = [math.ceil(s / step) for s, step in zip(size, stride, strict=True)]
-            cropped.append(level_logits[(..., *map(slice, size))])
-        return cropped
+        if padded is x:
+            return logits
+        return crop_to_image(logits, x.shape[2:], self.strides)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps for one sample of this spatial size, counted as nnU-Net counts its own networks:
@@ -398,28 +385,3 @@ class DeformUXNet(nn.Module):
         elif isinstance(module, DeformUXNet):
             module.skip_encoders.apply(InitWeights_He(LEAKY_RELU_SLOPE))
             module.decoder.apply(InitWeights_He(LEAKY_RELU_SLOPE))
-
-
-def _check_topology(
-    n_stages: int,
-    features_per_stage: Sequence[int],
-    kernel_sizes: Sequence[Sequence[int]],
-    strides: Sequence[Sequence[int]],
-    ndim: int,
-) -> None:
-    if n_stages < 2:
-        raise ValueError(f"n_stages={n_stages}: DeformUX-Net needs at least 2, one level below full resolution.")
-    for name, per_stage in (
-        ("features_per_stage", features_per_stage),
-        ("kernel_sizes", kernel_sizes),
-        ("strides", strides),
-    ):
-        if len(per_stage) != n_stages:
-            raise ValueError(f"{name}={per_stage} has {len(per_stage)} values for n_stages={n_stages}.")
-    for name, per_stage in (("kernel_sizes", kernel_sizes), ("strides", strides)):
-        if any(len(along) != ndim for along in per_stage):
-            raise ValueError(f"{name}={per_stage} must have {ndim} values at each level, one for each axis.")
-    if any(k % 2 == 0 for along in kernel_sizes for k in along):
-        raise ValueError(f"kernel_sizes={kernel_sizes} must be odd, to keep the spatial size.")
-    if any(step != 1 for step in strides[0]):
-        raise ValueError(f"strides[0]={strides[0]} must be all ones: level 0 is full resolution.")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from nnunet_deform.networks import NETWORKS
 
 CONV_OP = {2: nn.Conv2d, 3: nn.Conv3d}
+# What makes a network small, beside its widths.
+SMALLEST = {"DeformUXNet": {"n_blocks_per_stage": 1}}
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class Plan:
             "conv_op": CONV_OP[self.ndim],
             "kernel_sizes": [list(kernel) for kernel in self.kernel_sizes],
             "strides": [list(stride) for stride in self.strides],
-            "n_blocks_per_stage": [1] * (len(self.strides) - 1),
         }
+
+    def arguments_of(self, name: str) -> dict[str, Any]:
+        return {**self.arguments, **SMALLEST.get(name, {})}
 
     def network(
         self, name: str = "DeformUXNet", *, input_channels: int = 1, num_classes: int = 3, **options: Any
     ) -> nn.Module:
         return NETWORKS[name](
-            **{"input_channels": input_channels, "num_classes": num_classes, **self.arguments, **options}
+            **{"input_channels": input_channels, "num_classes": num_classes, **self.arguments_of(name), **options}
         )
 
     def image(self, batch: int = 1, channels: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

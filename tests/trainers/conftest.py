@@ -84,8 +84,8 @@ def _plans(patch_size: Sequence[int], architecture: dict[str, Any]) -> dict[str,
     }
 
 
-def _write_case(folder: Path, name: str, patch_size: Sequence[int], seed: int) -> None:
-    """A bright and a dark box on noise."""
+def _write_case(folder: Path, name: str, patch_size: Sequence[int], seed: int, ignore: int | None) -> None:
+    """A bright and a dark box on noise, and a margin with the ignore label where there is one."""
     rng = np.random.default_rng(seed)
     size = [1, 6, *patch_size] if len(patch_size) == 2 else [1, *patch_size]
     segmentation = np.zeros(size, dtype=np.int8)
@@ -93,8 +93,13 @@ def _write_case(folder: Path, name: str, patch_size: Sequence[int], seed: int) -
         corner = [rng.integers(0, s // 2 + 1) for s in size[1:]]
         segmentation[(0, *(slice(c, c + max(1, s // 2)) for c, s in zip(corner, size[1:], strict=True)))] = label
     data = (rng.normal(0, 0.3, size) + (segmentation == 1) * 2.0 - (segmentation == 2) * 2.0).astype(np.float32)
+    class_locations: dict[Any, np.ndarray] = {label: np.argwhere(segmentation == label) for label in (1, 2)}
+    if ignore is not None:
+        segmentation[..., : patch_size[-1] // 4] = ignore
+        # nnU-Net's key for voxels that count.
+        class_locations[(-1, 0, 1, 2)] = np.argwhere(segmentation != ignore)
     properties = {
-        "class_locations": {label: np.argwhere(segmentation == label) for label in (1, 2)},
+        "class_locations": class_locations,
         "shape_before_cropping": size[1:],
         "shape_after_cropping_and_before_resampling": size[1:],
         "bbox_used_for_cropping": [[0, s] for s in size[1:]],
@@ -108,7 +113,8 @@ def _write_case(folder: Path, name: str, patch_size: Sequence[int], seed: int) -
 @pytest.fixture
 def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
     """Returns make(trainer_class, patch_size, strides, kernel_sizes, results="results"): a trainer on a CPU for a fresh
-    dataset of six cases of that size; calls with other ``results`` share the data but not the output folder."""
+    dataset of six cases of that size; calls with other ``results`` share the data but not the output folder.
+    ``dataset`` replaces entries of dataset.json, such as the labels."""
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
@@ -122,6 +128,7 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer
         kernel_sizes: Sequence[Sequence[int]] | None = None,
         results: str = "results",
         architecture: dict[str, Any] | None = None,
+        dataset: dict[str, Any] | None = None,
     ) -> nnUNetTrainer:
         monkeypatch.setenv("nnUNet_results", str(tmp_path / results))
         if architecture is None:
@@ -133,6 +140,7 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer
             "labels": {"background": 0, "bright": 1, "dark": 2},
             "numTraining": 6,
             "file_ending": ".nii.gz",
+            **(dataset or {}),
         }
         base = tmp_path / "preprocessed" / DATASET
         folder = base / plans["configurations"][configuration]["data_identifier"]
@@ -141,7 +149,7 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer
             (base / "dataset_fingerprint.json").write_text("{}")
             (base / "dataset.json").write_text(json.dumps(dataset_json))
             for case in range(6):
-                _write_case(folder, f"case_{case}", patch_size, seed=case)
+                _write_case(folder, f"case_{case}", patch_size, seed=case, ignore=dataset_json["labels"].get("ignore"))
         return trainer_class(plans | {"continue_training": False}, configuration, 0, dataset_json, torch.device("cpu"))
 
     return make

@@ -18,6 +18,8 @@ VARIANTS = [
     "nnUNetTrainerDeformUX_seed0",
     "nnUNetTrainerDeformUX_paper_2epochs3iters",
     "nnUNetTrainerNoDeepSupervision_AdamW_7epochs_seed12",
+    "nnUNetTrainerLightMedSeg_AdamW_3epochs_seed2",
+    "nnUNetTrainerLightMedSegStandard_4epochs20iters",
 ]
 
 
