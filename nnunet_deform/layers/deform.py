@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_deform.ops import deform_conv2d, deform_conv3d
+from nnunet_deform.ops import autocast_disabled, deform_conv2d, deform_conv3d
 
 OffsetAxes = Literal["auto", "all"] | Sequence[int]
 
@@ -92,7 +91,7 @@ class DeformConv(nn.Module):
             conv = F.conv2d if self.ndim == 2 else F.conv3d
             return conv(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
         # Offsets are coordinates: half precision would round them to a fraction of a voxel.
-        with _autocast_disabled(x.device.type):
+        with autocast_disabled(x.device.type):
             offset = self.offset(x.to(self.offset.weight.dtype))
             if self.offset_clamp is not None:
                 offset = offset.clamp(-self.offset_clamp, self.offset_clamp)
@@ -108,13 +107,6 @@ class DeformConv(nn.Module):
         still = torch.zeros_like(moving[0])
         by_axis = [moving[self.offset_axes.index(a)] if a in self.offset_axes else still for a in range(self.ndim)]
         return torch.stack(by_axis, dim=2).flatten(1, 2)
-
-
-def _autocast_disabled(device_type: str) -> AbstractContextManager:
-    # The meta device, on which networks are measured, has no autocast.
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _resolve_axes(offset_axes: OffsetAxes, kernel_size: Sequence[int]) -> tuple[int, ...]:
