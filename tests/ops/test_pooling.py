@@ -82,7 +82,8 @@ def test_half_precision_accumulates_in_float32(dtype: torch.dtype, channels: int
     assert grads[0].dtype == dtype
     error = (grads[0].double() - theirs[0]).norm() / theirs[0].norm()
     assert error < (1e-3 if dtype == torch.float16 else 6e-3)
-    torch.testing.assert_close(grads[1].double(), theirs[1], rtol=1e-4, atol=1e-4 * theirs[1].abs().max().item())
+    # A difference of sums that are several times larger.
+    torch.testing.assert_close(grads[1].double(), theirs[1], rtol=0, atol=1e-3 * theirs[1].abs().max().item())
 
 
 def test_autograd_keeps_the_input_and_two_numbers_for_each_voxel():
