@@ -15,7 +15,7 @@ def by_definition(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     attention = (logits - logits.amax()).exp()
     attention = attention / attention.sum(tuple(range(1, x.ndim - 1)), keepdim=True)
     context = (x * attention.unsqueeze(1)).sum(axes)
-    return x.mean(axes), x.amax(1).mean(tuple(range(1, x.ndim - 1))), context
+    return x.mean(axes), x.max(1).values.mean(tuple(range(1, x.ndim - 1))), context
 
 
 def draw(size: tuple[int, ...], channels: int = 6, batch: int = 2) -> list[Tensor]:
