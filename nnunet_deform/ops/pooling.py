@@ -48,7 +48,7 @@ class _VoxelStatistics(torch.autograd.Function):
                 # 2 bytes for each voxel are kept instead of 8.
                 winner = winner.to(torch.int16)
             if mask_weight is not None:
-                logits = _over_channels(x, mask_weight.expand(x.shape[0], -1)) + mask_bias
+                logits = _over_channels(x, mask_weight.to(dtype).expand(x.shape[0], -1)) + mask_bias
                 attention = logits.softmax(1)
                 context = _over_voxels(x, attention)
         ctx.save_for_backward(x, mask_weight, winner, attention)
@@ -67,7 +67,7 @@ class _VoxelStatistics(torch.autograd.Function):
                 grad_attention = _over_channels(x, grad_context)
                 inner = (attention * grad_attention).sum(1, keepdim=True)
                 grad_logits = attention * (grad_attention - inner)
-                vectors += [grad_context, mask_weight.expand_as(grad_context)]
+                vectors += [grad_context, mask_weight.to(grad_context.dtype).expand_as(grad_context)]
                 maps += [attention, grad_logits]
                 grad_weight = _over_voxels(x, grad_logits).sum(0)
                 grad_bias = grad_logits.sum().reshape(1)
