@@ -1,7 +1,7 @@
 """Modules that wire operators together. They know no network and nothing of nnU-Net."""
 
 from nnunet_deform.layers.deform import DeformConv
-from nnunet_deform.layers.magic import MagicConv, MagicConv2d, MagicConv3d
+from nnunet_deform.layers.magic import MagicConv, MagicConv2d, MagicConv3d, set_temperature
 from nnunet_deform.layers.norm import ChannelLayerNorm
 from nnunet_deform.layers.residual import ConvStyle, ResidualBlock, UpBlock
 
@@ -14,4 +14,5 @@ __all__ = [
     "MagicConv3d",
     "ResidualBlock",
     "UpBlock",
+    "set_temperature",
 ]

@@ -60,6 +60,9 @@ class ChannelAffine(nn.Module):
 class KernelAttention(nn.Module):
     """The weights of K kernels for each sample, [B, C, *spatial] -> [B, K], computed in float32 or better."""
 
+    # Numbers that autograd keeps for each voxel, beside the input.
+    kept_per_voxel = 0
+
     def reset_parameters(self) -> None:
         """Kaiming normal by fan-out, biases zero, norms the identity."""
         for module in self.modules():
@@ -117,6 +120,7 @@ class MagicAttention(SoftmaxAttention):
         self.use_spatial = use_spatial
         self.use_channel = use_channel
         self.mixing = mixing
+        self.kept_per_voxel = use_spatial + use_global
         self.mask: nn.Linear | None = None
         if use_global:
             width = int(channels * bottleneck)
@@ -305,7 +309,7 @@ class MagicConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_kernels * out_channels, in_channels // groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(n_kernels * out_channels)) if bias else None
         self.dynamic = n_kernels > 1 and attention != "uniform"
-        if n_kernels == 1:
+        if n_kernels == 1 and not keep_dead_attention:
             warnings.warn(
                 "n_kernels=1 is built as a plain convolution: a softmax over one kernel is 1, and a gate of the whole "
                 "output would be divided out by the norm that follows.",
@@ -420,6 +424,12 @@ class MagicConv(nn.Module):
             bias = None if self.bias is None else weights @ self.bias.view(self.n_kernels, -1)
         return kernels, bias
 
+    def kept_by_autograd(self, voxels: int) -> int:
+        """Numbers kept for each sample of this size in training, beyond a static convolution's: the mixed kernels and
+        what the attention keeps."""
+        kernels = self.weight.numel() // self.n_kernels
+        return kernels + (self.attention.kept_per_voxel * voxels if self.dynamic else 0)
+
     @torch.no_grad()
     def folded(self, weights: Tensor) -> nn.Conv2d | nn.Conv3d:
         """The plain convolution with these mixing weights, [K], for every sample."""
@@ -457,6 +467,13 @@ class MagicConv3d(MagicConv):
     """:class:`MagicConv` of volumes."""
 
     ndim = 3
+
+
+def set_temperature(network: nn.Module, temperature: float) -> None:
+    """Set the temperature of every attention in ``network`` that has one."""
+    for module in network.modules():
+        if isinstance(module, SoftmaxAttention):
+            module.set_temperature(temperature)
 
 
 def _hidden(channels: int, reduction: int) -> int:

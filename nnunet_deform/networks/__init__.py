@@ -1,7 +1,12 @@
 """The networks, one in a file, and their registry. They know no trainer."""
 
 from nnunet_deform.networks.deformux import DeformUXNet
+from nnunet_deform.networks.magic import MagicPlainConvUNet, MagicResidualEncoderUNet
 
-NETWORKS = {"DeformUXNet": DeformUXNet}
+NETWORKS = {
+    "DeformUXNet": DeformUXNet,
+    "MagicPlainConvUNet": MagicPlainConvUNet,
+    "MagicResidualEncoderUNet": MagicResidualEncoderUNet,
+}
 
-__all__ = ["NETWORKS", "DeformUXNet"]
+__all__ = ["NETWORKS", "DeformUXNet", "MagicPlainConvUNet", "MagicResidualEncoderUNet"]

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import ChannelLayerNorm, ConvStyle, DeformConv, ResidualBlock, UpBlock
 from nnunet_deform.layers.deform import OffsetAxes
+from nnunet_deform.networks.sizes import STORED_PER_COUNTED, crop_to_input, pad_to_strides
 
 UX_NET_OPTIONS: dict[str, Any] = {
     "block": "convnext",
@@ -42,9 +43,6 @@ UX_NET_OPTIONS: dict[str, Any] = {
     "kernel_size": 7,
     "scaling": "depthwise",
 }
-
-# What autograd keeps of nnU-Net's PlainConvUNet, in elements, for each element that nnU-Net's memory estimate counts.
-STORED_PER_COUNTED = 1.85
 
 LEAKY_RELU_SLOPE = 0.01
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -349,29 +347,10 @@ class DeformUXNet(nn.Module):
         self.strides = [tuple(stride) for stride in strides]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        size = x.shape[2:]
-        ndim = len(self.strides[0])
-        if len(size) != ndim:
-            raise ValueError(f"input has shape {tuple(x.shape)}; this network needs {ndim} spatial axes.")
-        total_stride = [math.prod(along) for along in zip(*self.strides, strict=True)]
-        missing = [-s % total for s, total in zip(size, total_stride, strict=True)]
-        if any(missing):
-            x = F.pad(x, [p for m in reversed(missing) for p in (0, m)])
-        skips = [encode(features) for encode, features in zip(self.skip_encoders, [x, *self.encoder(x)], strict=True)]
-        logits = self.decoder(skips)
-        if any(missing):
-            return self._crop(logits, size)
-        return logits
-
-    def _crop(self, logits: Tensor | list[Tensor], size: Sequence[int]) -> Tensor | list[Tensor]:
-        """Logits of the padded input, without the padding."""
-        if isinstance(logits, Tensor):
-            return logits[(..., *map(slice, size))]
-        cropped = []
-        for level_logits, stride in zip(logits, self.strides[:-1], strict=True):
-            size = [math.ceil(s / step) for s, step in zip(size, stride, strict=True)]
-            cropped.append(level_logits[(..., *map(slice, size))])
-        return cropped
+        padded = pad_to_strides(x, self.strides)
+        features = [padded, *self.encoder(padded)]
+        skips = [encode(level) for encode, level in zip(self.skip_encoders, features, strict=True)]
+        return crop_to_input(self.decoder(skips), x.shape[2:], self.strides)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps for one sample of this spatial size, counted as nnU-Net counts its own networks:
