@@ -1,6 +1,7 @@
 """From a stock nnU-Net plan to our architectures: pure functions, no trainer and no file."""
 
 from nnunet_deform.plans.deformux import deformux_architecture
+from nnunet_deform.plans.magic import magic_architecture
 from nnunet_deform.plans.memory import estimated_gigabytes
 
-__all__ = ["deformux_architecture", "estimated_gigabytes"]
+__all__ = ["deformux_architecture", "estimated_gigabytes", "magic_architecture"]
