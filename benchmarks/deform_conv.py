@@ -116,24 +116,30 @@ def fastest(rounds: int, runs: dict[str, Callable[[], None]], clock: Callable[[]
     return best
 
 
-def extra_memory(case: Case, function: Callable[..., Tensor]) -> float | None:
-    """Peak resident memory of a pass beyond its results, in units of the input; on Linux with glibc only."""
+def peak_beyond_resident(call: Callable[[], None]) -> int | None:
+    """Bytes by which a second call raises the resident memory at its peak; on Linux with glibc only."""
     status = Path("/proc/self/status")
     if platform.libc_ver()[0] != "glibc" or not status.exists():
         return None
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: freed tensors leave the process at once
-    libc.malloc_trim(0)
 
     def kibibytes(field: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
-    case.forward_backward(function)
+    call()
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = kibibytes("VmRSS")
-    case.forward_backward(function)
+    call()
+    return (kibibytes("VmHWM") - before) * 1024
+
+
+def extra_memory(case: Case, function: Callable[..., Tensor]) -> float | None:
+    """Peak resident memory of a pass beyond its results, in units of the input."""
+    peak = peak_beyond_resident(partial(case.forward_backward, function))
     results = sum(t.numel() for t in (*case.leaves, case.grad_output)) * 4
-    return ((kibibytes("VmHWM") - before) * 1024 - results) / (case.input.numel() * 4)
+    return None if peak is None else (peak - results) / (case.input.numel() * 4)
 
 
 def measure(rounds: int, threads: int, compiled: bool) -> list[dict]:
