@@ -1,5 +1,8 @@
 r"""MAGIC: dynamic convolution. K kernels are mixed for each sample, by an attention to the layer's own input.
 
+S. Li et al., "MAGIC: Rethinking Dynamic Convolution Design for Medical Image Segmentation", ACM Multimedia 2024,
+doi:10.1145/3664647.3680754.
+
 .. math:: y_b = \Big(\sum_{i=1}^K a_i(x_b) W_i\Big) * x_b
 
 The attention has two parts. Dimensional-reciprocal fusion (DRF) turns the feature map into one C-vector,
