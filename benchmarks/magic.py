@@ -1,6 +1,6 @@
-"""A training step of nnU-Net's PlainConvUNet on the CPU, beside MAGIC's and that of MAGIC's static twin.
+"""A training step of MAGIC on the CPU beside that of nnU-Net's PlainConvUNet and, on demand, of MAGIC's static twin.
 
-    python benchmarks/magic.py [--patch 64] [--rounds 3] [--threads 1] [--output benchmarks/results]
+    python benchmarks/magic.py [--patch 64] [--rounds 3] [--threads 1] [--twin] [--output benchmarks/results]
 
 Forward, loss under deep supervision, backward and an SGD step at batch 2, float32, on the network that nnU-Net plans
 for a 3D patch of this size. The networks run in turn in every round, and the fastest round counts. With one thread the
@@ -26,7 +26,7 @@ BATCH = 2
 CLASSES = 3
 
 
-def contenders(levels: int) -> dict[str, nn.Module]:
+def contenders(levels: int, twin: bool) -> dict[str, nn.Module]:
     """The network as nnU-Net plans it, first, and its variants."""
     arguments = {
         "input_channels": 1,
@@ -45,11 +45,10 @@ def contenders(levels: int) -> dict[str, nn.Module]:
         "nonlin_kwargs": {"inplace": True},
         "deep_supervision": True,
     }
-    return {
-        "PlainConvUNet": PlainConvUNet(**arguments),
-        "MAGIC 4x": MagicPlainConvUNet(**arguments),
-        "static twin": MagicPlainConvUNet(**arguments, attention="uniform", keep_dead_attention=True),
-    }
+    networks = {"PlainConvUNet": PlainConvUNet(**arguments), "MAGIC 4x": MagicPlainConvUNet(**arguments)}
+    if twin:
+        networks["static twin"] = MagicPlainConvUNet(**arguments, attention="uniform", keep_dead_attention=True)
+    return networks
 
 
 class Training:
@@ -76,12 +75,12 @@ class Training:
         self.optimizer.step()
 
 
-def measure(side: int, rounds: int, threads: int) -> list[dict]:
+def measure(side: int, rounds: int, threads: int, twin: bool) -> list[dict]:
     torch.set_num_threads(threads)
     clock: Callable[[], float] = time.process_time if threads == 1 else time.perf_counter
     # As nnU-Net's planner: halved while at least 4 voxels remain, at most six levels.
     levels = min(6, side.bit_length() - 2)
-    trainings = {name: Training(network, side) for name, network in contenders(levels).items()}
+    trainings = {name: Training(network, side) for name, network in contenders(levels, twin).items()}
     times = fastest(rounds, {name: training.step for name, training in trainings.items()}, clock)
     # After all times, because it changes how memory is allocated.
     peaks = {name: peak_beyond_resident(training.forward_backward) for name, training in trainings.items()}
@@ -113,10 +112,11 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=64, help="voxels along each axis, a power of two")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--twin", action="store_true", help="also the static network of equal parameters")
     parser.add_argument("--output", type=Path, help="folder for magic_cpu.json")
     arguments = parser.parse_args()
     about = machine()
-    rows = measure(arguments.patch, arguments.rounds, arguments.threads)
+    rows = measure(arguments.patch, arguments.rounds, arguments.threads, arguments.twin)
     show(rows)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
