@@ -354,6 +354,16 @@ def test_autocast_at_128(dtype: torch.dtype, tolerance: float):
     assert (half.float() - output).norm() <= 1e-2 * output.norm()
 
 
+def test_kernels_are_mixed_in_float32_under_autocast():
+    layer = MagicConv2d(16, 6, 3)
+    weights = layer.mixing_weights(volume(2).float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kernels, bias = layer._mixed(weights)
+    expected = torch.einsum("bk,k...->b...", weights.double(), layer.weight.double().unflatten(0, (4, 6)))
+    assert kernels.dtype == bias.dtype == torch.float32
+    torch.testing.assert_close(kernels.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_compiles_as_one_graph():
     for options in ({}, {"mixing": "released", "kr_norm": "batch"}, {"attention": "condconv"}):
         layer = layer_of(3, **options).float()
