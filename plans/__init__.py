@@ -2,6 +2,7 @@
 
 from nnunet_deform.plans.deformux import deformux_architecture
 from nnunet_deform.plans.lightmedseg import lightmedseg_architecture
+from nnunet_deform.plans.magic import magic_architecture
 from nnunet_deform.plans.memory import estimated_gigabytes
 
-__all__ = ["deformux_architecture", "estimated_gigabytes", "lightmedseg_architecture"]
+__all__ = ["deformux_architecture", "estimated_gigabytes", "lightmedseg_architecture", "magic_architecture"]

@@ -44,8 +44,8 @@ class Topology:
         }
 
 
-def topology_of(architecture: Mapping[str, Any], patch_size: Sequence[int], max_levels: int) -> Topology:
-    """The topology of a plan's architecture, cut to its first ``max_levels`` levels.
+def topology_of(architecture: Mapping[str, Any], patch_size: Sequence[int], max_levels: int | None = None) -> Topology:
+    """The topology of a plan's architecture, cut to its first ``max_levels`` levels if that is given.
 
     Raises:
         ValueError: fewer than two levels, or levels without strides or kernels.

@@ -1,4 +1,4 @@
-"""Learning rate schedules that a continued training resumes exactly: each is a function of the epoch and the log."""
+"""Schedules that a continued training resumes exactly: each is a function of the epoch and the log."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -76,6 +76,11 @@ class PlateauSchedule:
         for loss in self.losses()[:epoch]:
             plateau.step(loss)
         _set_rate(self.optimizer, stand_in.param_groups[0]["lr"])
+
+
+def annealed_temperature(epoch: int, *, start: float, epochs: float) -> float:
+    """Linear from ``start`` to 1 over ``epochs`` epochs (DYConv's scheme with 30 and 29), then 1. Counted from 0."""
+    return 1 + (start - 1) * max(0.0, 1 - epoch / epochs)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -5,7 +5,7 @@ again when it predicts. The suffixes mean:
 
 - ``_AdamW``: our one second recipe, so that network and recipe can be told apart. AdamW at 1e-3, weight decay 1e-4 and
   none on norms and biases, linear warm-up over 10 epochs, cosine to 1e-6.
-- ``_{N}epochs``: N epochs, a checkpoint every max(1, min(50, N // 4)), the warm-up at most N / 10 epochs;
+- ``_{N}epochs``: N epochs, a checkpoint every max(1, min(50, N // 4)), warm-up and annealing at most N / 10 epochs;
   ``{M}iters``: M iterations in an epoch and max(1, M // 5) validation iterations.
 - ``_seed{S}``: python, numpy and torch are seeded before the network is built, and again at each epoch's start from
   (S, epoch). On a CPU with ``nnUNet_n_proc_DA=0`` two such runs end in bit-equal weights, and so does one that was
@@ -109,8 +109,9 @@ class Shortened(nnUNetTrainer):
         if self.variant_iterations is not None:
             self.num_iterations_per_epoch = self.variant_iterations
             self.num_val_iterations_per_epoch = max(1, self.variant_iterations // 5)
-        if hasattr(self, "warmup_epochs"):
-            self.warmup_epochs = min(self.warmup_epochs, self.num_epochs / 10)
+        for length in ("warmup_epochs", "annealing_epochs"):
+            if hasattr(self, length):
+                setattr(self, length, min(getattr(self, length), self.num_epochs / 10))
 
 
 class Seeded(nnUNetTrainer):

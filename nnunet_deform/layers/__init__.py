@@ -9,6 +9,7 @@ from nnunet_deform.layers.lightmed import (
     PositionBias,
     SqueezeExcite,
 )
+from nnunet_deform.layers.magic import MagicConv, MagicConv2d, MagicConv3d, set_temperature
 from nnunet_deform.layers.norm import ChannelLayerNorm
 from nnunet_deform.layers.residual import ConvStyle, ResidualBlock, UpBlock
 
@@ -20,8 +21,12 @@ __all__ = [
     "DeformConv",
     "FiLM",
     "LocalStructuralPrior",
+    "MagicConv",
+    "MagicConv2d",
+    "MagicConv3d",
     "PositionBias",
     "ResidualBlock",
     "SqueezeExcite",
     "UpBlock",
+    "set_temperature",
 ]

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_deform.layers.precision import autocast_disabled
-from nnunet_deform.ops import deform_conv2d, deform_conv3d
+from nnunet_deform.ops import autocast_disabled, deform_conv2d, deform_conv3d
 
 OffsetAxes = Literal["auto", "all"] | Sequence[int]
 

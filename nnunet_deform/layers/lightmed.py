@@ -14,8 +14,7 @@ from nnunet_deform.layers.few_channels import (
     same_conv,
     spatial_mean,
 )
-from nnunet_deform.layers.precision import autocast_disabled
-from nnunet_deform.ops import concatenate_channels
+from nnunet_deform.ops import autocast_disabled, concatenate_channels
 
 DETECTOR_WIDTH = 8
 DETECTOR_HIDDEN = 128

@@ -2,7 +2,13 @@
 
 from nnunet_deform.networks.deformux import DeformUXNet
 from nnunet_deform.networks.lightmedseg import LightMedSeg
+from nnunet_deform.networks.magic import MagicPlainConvUNet, MagicResidualEncoderUNet
 
-NETWORKS = {"DeformUXNet": DeformUXNet, "LightMedSeg": LightMedSeg}
+NETWORKS = {
+    "DeformUXNet": DeformUXNet,
+    "LightMedSeg": LightMedSeg,
+    "MagicPlainConvUNet": MagicPlainConvUNet,
+    "MagicResidualEncoderUNet": MagicResidualEncoderUNet,
+}
 
-__all__ = ["NETWORKS", "DeformUXNet", "LightMedSeg"]
+__all__ = ["NETWORKS", "DeformUXNet", "LightMedSeg", "MagicPlainConvUNet", "MagicResidualEncoderUNet"]

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import ChannelLayerNorm, ConvStyle, DeformConv, ResidualBlock, UpBlock
 from nnunet_deform.layers.deform import OffsetAxes
+from nnunet_deform.networks.memory import STORED_PER_COUNTED
 from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
 from nnunet_deform.ops import CHANNELS_LAST
 
@@ -44,9 +45,6 @@ UX_NET_OPTIONS: dict[str, Any] = {
     "kernel_size": 7,
     "scaling": "depthwise",
 }
-
-# What autograd keeps of nnU-Net's PlainConvUNet, in elements, for each element that nnU-Net's memory estimate counts.
-STORED_PER_COUNTED = 1.85
 
 LEAKY_RELU_SLOPE = 0.01
 
@@ -351,14 +349,9 @@ class DeformUXNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         padded = pad_to_levels(x, self.strides)
-        skips = [
-            encode(features)
-            for encode, features in zip(self.skip_encoders, [padded, *self.encoder(padded)], strict=True)
-        ]
-        logits = self.decoder(skips)
-        if padded is x:
-            return logits
-        return crop_to_image(logits, x.shape[2:], self.strides)
+        features = [padded, *self.encoder(padded)]
+        skips = [encode(level) for encode, level in zip(self.skip_encoders, features, strict=True)]
+        return crop_to_image(self.decoder(skips), x.shape[2:], self.strides)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps for one sample of this spatial size, counted as nnU-Net counts its own networks:

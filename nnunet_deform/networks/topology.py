@@ -34,6 +34,12 @@ def check_topology(
         raise ValueError(f"strides[0]={strides[0]} must be all ones: level 0 is full resolution.")
 
 
+def padded_size(size: Sequence[int], strides: Sequence[Sequence[int]]) -> list[int]:
+    """The next multiple of the total stride on each axis."""
+    total_stride = [math.prod(along) for along in zip(*strides, strict=True)]
+    return [s + -s % total for s, total in zip(size, total_stride, strict=True)]
+
+
 def pad_to_levels(x: Tensor, strides: Sequence[Sequence[int]]) -> Tensor:
     """[B, C, *spatial] with zeros at the end of each axis, up to a multiple of the total stride.
 
@@ -43,8 +49,7 @@ def pad_to_levels(x: Tensor, strides: Sequence[Sequence[int]]) -> Tensor:
     ndim = len(strides[0])
     if x.ndim != ndim + 2:
         raise ValueError(f"input has shape {tuple(x.shape)}; this network needs {ndim} spatial axes.")
-    total_stride = [math.prod(along) for along in zip(*strides, strict=True)]
-    missing = [-s % total for s, total in zip(x.shape[2:], total_stride, strict=True)]
+    missing = [padded - s for padded, s in zip(padded_size(x.shape[2:], strides), x.shape[2:], strict=True)]
     if not any(missing):
         return x
     return F.pad(x, [p for m in reversed(missing) for p in (0, m)])

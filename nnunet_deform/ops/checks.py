@@ -126,3 +126,27 @@ def check_deform_conv_dtypes(input: Tensor, offset: Tensor, weight: Tensor, bias
             f"offset is {offset.dtype}, but input is {input.dtype}; they must agree, or the offset be torch.float32 "
             "beside half-precision input."
         )
+
+
+def check_dynamic_conv(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, ndim: int) -> None:
+    """Shapes of a convolution with a kernel for each sample.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if input.ndim != ndim + 2 or weight.ndim != ndim + 3:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; a {ndim}D dynamic convolution "
+            f"needs {ndim + 2} and {ndim + 3} dimensions."
+        )
+    batch, channels = input.shape[:2]
+    if batch == 0 or weight.shape[0] != batch:
+        raise ValueError(f"weight has kernels for {weight.shape[0]} samples, but input has {batch}; give at least one.")
+    out_channels, group_channels = weight.shape[1:3]
+    if groups < 1 or out_channels % groups or group_channels * groups != channels:
+        raise ValueError(
+            f"groups={groups} does not go with {channels} input and {out_channels} output channels and a weight of "
+            f"shape {tuple(weight.shape)}, [B, C_out, C/groups, *kernel]."
+        )
+    if bias is not None and tuple(bias.shape) != (batch, out_channels):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {(batch, out_channels)}, one for each sample.")

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from nnunet_deform.networks import NETWORKS
 
 CONV_OP = {2: nn.Conv2d, 3: nn.Conv3d}
-# What makes a network small, beside its widths.
-SMALLEST = {"DeformUXNet": {"n_blocks_per_stage": 1}}
 
 
 @dataclass(frozen=True)
@@ -34,28 +32,50 @@ class Plan:
     def ndim(self) -> int:
         return len(self.patch)
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "n_stages": len(self.strides),
+    def arguments(self, name: str) -> dict[str, Any]:
+        """What a plan would give the network of this name, which is kept small."""
+        levels = len(self.strides)
+        arguments = {
+            "n_stages": levels,
             "features_per_stage": list(self.features),
             "conv_op": CONV_OP[self.ndim],
             "kernel_sizes": [list(kernel) for kernel in self.kernel_sizes],
             "strides": [list(stride) for stride in self.strides],
         }
-
-    def arguments_of(self, name: str) -> dict[str, Any]:
-        return {**self.arguments, **SMALLEST.get(name, {})}
+        if name.startswith("Magic"):
+            return {**arguments, **magic_arguments(name, levels, self.ndim)}
+        if name == "DeformUXNet":
+            return {**arguments, "n_blocks_per_stage": [1] * (levels - 1)}
+        return arguments
 
     def network(
         self, name: str = "DeformUXNet", *, input_channels: int = 1, num_classes: int = 3, **options: Any
     ) -> nn.Module:
         return NETWORKS[name](
-            **{"input_channels": input_channels, "num_classes": num_classes, **self.arguments_of(name), **options}
+            **{"input_channels": input_channels, "num_classes": num_classes, **self.arguments(name), **options}
         )
 
     def image(self, batch: int = 1, channels: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(batch, channels, *self.patch, dtype=dtype)
+
+
+def magic_arguments(name: str, levels: int, ndim: int) -> dict[str, Any]:
+    """The further arguments of nnU-Net's own U-Nets, and an attention with enough hidden units that not all are dead.
+
+    So small a network amplifies rounding at the paper's temperature of 1, as it does noise on the image.
+    """
+    encoder = {"n_blocks_per_stage": [1] * levels} if "Residual" in name else {"n_conv_per_stage": [2] * levels}
+    return {
+        **encoder,
+        "n_conv_per_stage_decoder": [1] * (levels - 1),
+        "conv_bias": True,
+        "norm_op": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim],
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+        "reduction": 2,
+        "temperature": 30.0,
+    }
 
 
 def plan(id: str, patch: Sequence[int], steps: Sequence[Sequence[int]], features: Sequence[int], flat: int = 0) -> Plan:

@@ -281,7 +281,7 @@ def he_std(weight: Tensor, negative_slope: float = 0.01) -> float:
 @small_plans
 def test_nnunets_initialisation(plan: Plan):
     """He for skip encoders, decoder and heads; torch's default in the encoder; offsets at zero."""
-    arguments = {**plan.arguments_of("DeformUXNet"), "conv_op": f"torch.nn.Conv{plan.ndim}d"}
+    arguments = {**plan.arguments("DeformUXNet"), "conv_op": f"torch.nn.Conv{plan.ndim}d"}
     network = get_network_from_plans("nnunet_deform.networks.DeformUXNet", arguments, ["conv_op"], 1, 3, True)
     check_initial_state(network, plan)
 

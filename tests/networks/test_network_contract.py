@@ -77,24 +77,38 @@ def test_weights_load_with_and_without_deep_supervision(name: str, plan: Plan, f
 @small_plans
 @pytest.mark.parametrize("deep_supervision", [True, False], ids=["ds", "no-ds"])
 def test_every_trained_parameter_gets_a_gradient(name: str, plan: Plan, deep_supervision: bool):
-    """Distributed training stops at a parameter without one."""
-    network = plan.network(name, deep_supervision=deep_supervision)
-    loss = sum((output * torch.randn_like(output)).mean() for output in as_list(network(plan.image(batch=2))))
-    loss.backward()
-    trained = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
-    if deep_supervision:
-        assert len(trained) == len(list(network.parameters()))
-    for key, parameter in trained.items():
-        assert parameter.grad is not None, key
-        assert parameter.grad.isfinite().all(), key
-        assert parameter.grad.count_nonzero() > 0, key
+    """Distributed training stops at a parameter without one. A ReLU may be dead at one draw of the weights."""
+    reached: set[str] = set()
+    for _ in range(30):
+        network = plan.network(name, deep_supervision=deep_supervision)
+        loss = sum((output * torch.randn_like(output)).mean() for output in as_list(network(plan.image(batch=2))))
+        loss.backward()
+        trained = {key: parameter for key, parameter in network.named_parameters() if parameter.requires_grad}
+        if deep_supervision:
+            assert len(trained) == len(list(network.parameters()))
+        for key, parameter in trained.items():
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+        reached |= {key for key, parameter in trained.items() if parameter.grad.count_nonzero() > 0}
+        # MAGIC's softmax over voxels cancels the bias of its logits.
+        missing = {key for key in trained.keys() - reached if not key.endswith("attention.mask.bias")}
+        if not missing:
+            break
+    assert not missing
 
 
 @small_plans
 def test_nnunet_builds_and_initialises_it_from_a_plan(name: str, plan: Plan):
-    arguments = {**plan.arguments_of(name), "conv_op": f"torch.nn.Conv{plan.ndim}d"}
+    arguments = plan.arguments(name)
+    classes = {key: f"{v.__module__}.{v.__name__}" for key, v in arguments.items() if isinstance(v, type)}
     network = get_network_from_plans(
-        f"nnunet_deform.networks.{name}", arguments, ["conv_op"], 2, 4, True, deep_supervision=True
+        f"nnunet_deform.networks.{name}",
+        {**arguments, **classes},
+        list(classes),
+        2,
+        4,
+        True,
+        deep_supervision=True,
     )
     assert isinstance(network, NETWORKS[name])
     image = plan.image(channels=2)

@@ -26,7 +26,7 @@ def unet_architecture(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[S
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
         "arch_kwargs": {
             "n_stages": levels,
-            "features_per_stage": [4 * 2**level for level in range(levels)],
+            "features_per_stage": [8 * 2**level for level in range(levels)],
             "conv_op": f"torch.nn.modules.conv.Conv{ndim}d",
             "kernel_sizes": [list(k) for k in kernel_sizes],
             "strides": [list(s) for s in strides],

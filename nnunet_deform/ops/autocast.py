@@ -1,4 +1,4 @@
-"""Where half precision is not enough."""
+"""Keeping a piece of arithmetic out of autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,7 +6,7 @@ import torch
 
 
 def autocast_disabled(device_type: str) -> AbstractContextManager:
-    """For coordinates, which half precision would round to a fraction of a voxel."""
+    """A context in which autocast does not round, for coordinates, softmaxes over volumes and the like."""
     # The meta device, on which networks are measured, has no autocast.
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)

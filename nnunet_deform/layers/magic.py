@@ -1,0 +1,492 @@
+r"""MAGIC: dynamic convolution. K kernels are mixed for each sample, by an attention to the layer's own input.
+
+S. Li et al., "MAGIC: Rethinking Dynamic Convolution Design for Medical Image Segmentation", ACM Multimedia 2024,
+doi:10.1145/3664647.3680754.
+
+.. math:: y_b = \Big(\sum_{i=1}^K a_i(x_b) W_i\Big) * x_b
+
+The attention has two parts. Dimensional-reciprocal fusion (DRF) turns the feature map into one C-vector,
+
+    channel   bc = mean_v x(v)                                                                        (eq. 3)
+    spatial   bs = (m1, m2, m1, m2, ...),  m1 = mean_v mean_c x_c(v),  m2 = mean_v max_c x_c(v)        (eq. 4)
+    global    bg = V2 GELU(LN(V1 ctx + b1)) + b2,  ctx = sum_v softmax_v(w . x(v) + b) x(v)            (eq. 7)
+    logits    beta = F2 ReLU(F1 (bc + bs + bg))                                                       (eq. 8)
+
+and kernel recalculation (KR) gates its K logits, k = sigmoid(L2 ReLU(norm(L1 beta))) (eq. 11). Paper and released code
+mix them differently:
+
+    paper     a = k * softmax(beta / T), T = 1                                                        (eq. 9, 10)
+    released  a = softmax(k * beta / T), T = 30
+
+All of it is the same for every permutation of the voxels, so mirrored patches get the same kernels.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_deform.ops import ConvImpl, autocast_disabled, dynamic_conv2d, dynamic_conv3d, voxel_statistics
+from nnunet_deform.ops.checks import spatial_argument
+
+Attention = Literal["magic", "dyconv", "condconv", "uniform"]
+
+_CHOICES = {
+    "attention": ("magic", "dyconv", "condconv", "uniform"),
+    "mixing": ("paper", "released"),
+    "kr_norm": ("none", "batch"),
+    "init": ("released", "compensated"),
+    "conv_impl": ("auto", "grouped", "loop"),
+}
+
+
+class ChannelAffine(nn.Module):
+    """A factor and an offset for each channel of [B, C]: a norm's parameters without the norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+class KernelAttention(nn.Module):
+    """The weights of K kernels for each sample, [B, C, *spatial] -> [B, K], computed in float32 or better."""
+
+    # Numbers that autograd keeps for each voxel, beside the input.
+    kept_per_voxel = 0
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal by fan-out, biases zero, norms the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def neutralise(self) -> float:
+        """Change the last layer so that all kernels get the same weight for every input whatever comes before it;
+        returns the sum of the weights then. It must be possible to train on from there."""
+        raise NotImplementedError
+
+
+class SoftmaxAttention(KernelAttention):
+    """Kernel attention with a temperature, which is saved with the weights."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.register_buffer("temperature", torch.tensor(1.0))
+        self.set_temperature(temperature)
+
+    def set_temperature(self, temperature: float) -> None:
+        """The higher, the more even the weights."""
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be positive.")
+        self.temperature.fill_(temperature)
+
+
+class MagicAttention(SoftmaxAttention):
+    """DRF and KR; see the module's docstring for the equations and :class:`MagicConv` for the arguments."""
+
+    def __init__(
+        self,
+        channels: int,
+        n_kernels: int,
+        *,
+        reduction: int,
+        bottleneck: float,
+        bottleneck_norm_affine: bool,
+        use_spatial: bool,
+        use_channel: bool,
+        use_global: bool,
+        use_kr: bool,
+        kr_norm: Literal["none", "batch"],
+        mixing: Literal["paper", "released"],
+        temperature: float,
+    ) -> None:
+        super().__init__(temperature)
+        if not (use_spatial or use_channel or use_global):
+            raise ValueError("use_spatial, use_channel and use_global are all False; the attention needs one of them.")
+        hidden = _hidden(channels, reduction)
+        self.use_spatial = use_spatial
+        self.use_channel = use_channel
+        self.mixing = mixing
+        self.kept_per_voxel = use_spatial + use_global
+        self.mask: nn.Linear | None = None
+        if use_global:
+            width = int(channels * bottleneck)
+            if width < 1:
+                raise ValueError(f"bottleneck={bottleneck} of {channels} channels leaves none; make it larger.")
+            self.mask = nn.Linear(channels, 1)
+            self.bottleneck = nn.Sequential(
+                nn.Linear(channels, width),
+                nn.LayerNorm(width, elementwise_affine=bottleneck_norm_affine),
+                nn.GELU(),
+                nn.Linear(width, channels),
+            )
+        self.fusion = nn.Sequential(
+            nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, n_kernels, bias=False)
+        )
+        self.recalculation: nn.Sequential | None = None
+        if use_kr and n_kernels > 1:
+            width = n_kernels // 2
+            self.recalculation = nn.Sequential(
+                nn.Linear(n_kernels, width, bias=False),
+                nn.BatchNorm1d(width) if kr_norm == "batch" else ChannelAffine(width),
+                nn.ReLU(),
+                nn.Linear(width, n_kernels, bias=False),
+            )
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast_disabled(x.device.type):
+            logits = self.fusion(self._fused(x))
+            gate = 1.0
+            if self.recalculation is not None:
+                if isinstance(self.recalculation[1], nn.BatchNorm1d) and self.training and len(x) == 1:
+                    raise ValueError(
+                        "kr_norm='batch' needs at least 2 samples in training, got a batch of 1; use kr_norm='none'."
+                    )
+                gate = self.recalculation(logits).sigmoid()
+            if self.mixing == "paper":
+                return gate * (logits / self.temperature).softmax(1)
+            return (gate * logits / self.temperature).softmax(1)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The sum of the DRF branches, [B, C]."""
+        mask = (None, None) if self.mask is None else (self.mask.weight[0], self.mask.bias)
+        statistics = voxel_statistics(x, *mask, with_peak=self.use_spatial)
+        dtype = self.fusion[0].weight.dtype
+        mean, peak, context = (s if s is None else s.to(dtype) for s in statistics)
+        channels = x.shape[1]
+        branches = []
+        if self.use_channel:
+            branches.append(mean)
+        if self.use_spatial:
+            # Pooling over space after repeating mean and maximum over channels C / 2 times leaves these two numbers.
+            pair = torch.stack([mean.mean(1), peak], 1)
+            branches.append(pair.repeat(1, (channels + 1) // 2)[:, :channels])
+        if context is not None:
+            branches.append(self.bottleneck(context))
+        return sum(branches[1:], branches[0])
+
+    def neutralise(self) -> float:
+        if self.mixing == "released" or self.recalculation is None:
+            # Equal kernels weighted by a softmax are that kernel, whatever the weights.
+            return 1.0
+        nn.init.zeros_(self.recalculation[3].weight)
+        return 0.5
+
+
+class DyConvAttention(SoftmaxAttention):
+    """DYConv's (Chen et al., CVPR 2020): softmax(F2 ReLU(F1 mean_v x(v)) / T), F2 with a bias."""
+
+    def __init__(self, channels: int, n_kernels: int, *, reduction: int, temperature: float) -> None:
+        super().__init__(temperature)
+        hidden = _hidden(channels, reduction)
+        self.fusion = nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, n_kernels))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast_disabled(x.device.type):
+            return (self.fusion(_channel_means(x, self.fusion[0].weight)) / self.temperature).softmax(1)
+
+    def neutralise(self) -> float:
+        return 1.0
+
+
+class CondConvAttention(KernelAttention):
+    """CondConv's (Yang et al., NeurIPS 2019): sigmoid(R mean_v x(v) + r). The weights do not compete."""
+
+    def __init__(self, channels: int, n_kernels: int) -> None:
+        super().__init__()
+        self.routing = nn.Linear(channels, n_kernels)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast_disabled(x.device.type):
+            return self.routing(_channel_means(x, self.routing.weight)).sigmoid()
+
+    def neutralise(self) -> float:
+        nn.init.zeros_(self.routing.weight)
+        return self.routing.out_features / 2
+
+
+class MagicConv(nn.Module):
+    """Dynamic convolution in the place of ``nn.Conv2d`` or ``nn.Conv3d``; see the module's docstring for the equations.
+
+    The kernels are stored folded, [n_kernels * C_out, C/groups, *kernel_size], and the biases [n_kernels * C_out], so
+    that an initialisation for ordinary convolutions sees the right fan-in.
+
+    Differences from the released code: any odd number of channels (the repetition of the spatial branch is cut to C),
+    rectangular kernels, biases at zero, no BatchNorm in KR unless asked for. nnU-Net's 3D batch is 2, and BatchNorm
+    over two values is their sign.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of ``nn.Conv3d``.
+        n_kernels: K. One kernel is a plain convolution, with a warning: its softmax is 1, and a gate of the whole
+            output would be divided out by the norm that follows.
+        attention: "magic"; "dyconv" or "condconv", which differ from it in attention and mixing only; or "uniform",
+            static weights 1/K, the control.
+        mixing: "paper" or "released", see the module's docstring. Of "magic" only, as are the options down to
+            ``use_kr``.
+        kr_norm: "none" for a factor and an offset only, or "batch" for BatchNorm, as in the paper.
+        bottleneck: width of the global branch's hidden layer over C: 0.5 as released, 2 to get the parameters of the
+            paper's Table 5.
+        bottleneck_norm_affine: whether the LayerNorm there has parameters.
+        use_spatial, use_channel, use_global: the branches of DRF (Table 6).
+        use_kr: kernel recalculation (Table 7).
+        temperature: T; by default 1 for "paper" and 30 for "released" and "dyconv".
+        reduction: C over the width of the attention's hidden layer.
+        init: "released" keeps the scale of each kernel, so their mean is smaller by sqrt(K); "compensated" multiplies
+            each by sqrt(K).
+        conv_impl: see :func:`nnunet_deform.ops.dynamic_conv3d`.
+        keep_dead_attention: give the layer its attention's parameters where they do nothing, for one kernel and for
+            "uniform": for equal numbers of parameters. Their gradients are zero.
+
+    Raises:
+        ValueError: an option outside what is listed here; no more input channels than ``reduction``; groups that do not
+            divide the channels. In training, a batch of 1 with ``kr_norm="batch"``.
+    """
+
+    ndim: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        n_kernels: int = 4,
+        attention: Attention = "magic",
+        mixing: Literal["paper", "released"] = "paper",
+        kr_norm: Literal["none", "batch"] = "none",
+        bottleneck: float = 0.5,
+        bottleneck_norm_affine: bool = True,
+        use_spatial: bool = True,
+        use_channel: bool = True,
+        use_global: bool = True,
+        use_kr: bool = True,
+        temperature: float | None = None,
+        reduction: int = 8,
+        init: Literal["released", "compensated"] = "released",
+        conv_impl: ConvImpl = "auto",
+        keep_dead_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        chosen = {"attention": attention, "mixing": mixing, "kr_norm": kr_norm, "init": init, "conv_impl": conv_impl}
+        for name, value in chosen.items():
+            if value not in _CHOICES[name]:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, _CHOICES[name]))}.")
+        if n_kernels < 1:
+            raise ValueError(f"n_kernels={n_kernels} must be at least 1.")
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}.")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = tuple(spatial_argument("kernel_size", kernel_size, self.ndim, 1))
+        self.stride = tuple(spatial_argument("stride", stride, self.ndim, 1))
+        self.padding = tuple(spatial_argument("padding", padding, self.ndim, 0))
+        self.dilation = tuple(spatial_argument("dilation", dilation, self.ndim, 1))
+        self.groups = groups
+        self.n_kernels = n_kernels
+        self.init = init
+        self.conv_impl = conv_impl
+        self.weight = nn.Parameter(torch.empty(n_kernels * out_channels, in_channels // groups, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(n_kernels * out_channels)) if bias else None
+        self.dynamic = n_kernels > 1 and attention != "uniform"
+        if n_kernels == 1 and not keep_dead_attention:
+            warnings.warn(
+                "n_kernels=1 is built as a plain convolution: a softmax over one kernel is 1, and a gate of the whole "
+                "output would be divided out by the norm that follows.",
+                stacklevel=2,
+            )
+        self.attention: KernelAttention | None = None
+        if self.dynamic or keep_dead_attention:
+            if temperature is None:
+                temperature = 30.0 if attention == "dyconv" or mixing == "released" else 1.0
+            if attention == "condconv":
+                self.attention = CondConvAttention(in_channels, n_kernels)
+            elif attention == "dyconv":
+                self.attention = DyConvAttention(in_channels, n_kernels, reduction=reduction, temperature=temperature)
+            else:
+                self.attention = MagicAttention(
+                    in_channels,
+                    n_kernels,
+                    reduction=reduction,
+                    bottleneck=bottleneck,
+                    bottleneck_norm_affine=bottleneck_norm_affine,
+                    use_spatial=use_spatial,
+                    use_channel=use_channel,
+                    use_global=use_global,
+                    use_kr=use_kr,
+                    kr_norm=kr_norm,
+                    mixing=mixing,
+                    temperature=temperature,
+                )
+        self.reset_parameters()
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d | nn.Conv3d, n_kernels: int = 4, *, noise: float = 0.01, **options: Any
+    ) -> "MagicConv":
+        """A layer that starts as a trained convolution and can be trained on.
+
+        Each kernel is a copy, with noise so that the attention has something to choose between, and scaled so that the
+        mix is the original: in "paper" mixing KR's last layer starts at zero, so that its gates are 1/2.
+
+        Args:
+            conv: the convolution.
+            n_kernels: K.
+            noise: standard deviation of the noise over that of the kernel; its mean over the kernels is zero. With 0
+                the layer gives exactly what the convolution does.
+            options: further arguments of the layer.
+
+        Raises:
+            ValueError: another number of axes, or padding that is not zeros of a given width.
+        """
+        if conv.weight.ndim != cls.ndim + 2:
+            raise ValueError(f"{conv} does not have the {cls.ndim} axes of {cls.__name__}.")
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise ValueError(f"{conv} must be padded with zeros, and by a number of voxels.")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            n_kernels=n_kernels,
+            **options,
+        ).to(conv.weight)
+        total = layer.attention.neutralise() if layer.dynamic else 1.0
+        with torch.no_grad():
+            disturbance = torch.randn(n_kernels, *conv.weight.shape).to(conv.weight) * conv.weight.std() * noise
+            disturbance -= disturbance.mean(0)
+            layer.weight.copy_((conv.weight + disturbance).flatten(0, 1) / total)
+            if conv.bias is not None:
+                layer.bias.copy_(conv.bias.repeat(n_kernels) / total)
+        return layer
+
+    def reset_parameters(self, initialize: Callable[[Tensor], Any] = nn.init.kaiming_uniform_) -> None:
+        """The initial state: kernels by ``initialize``, biases zero, the attention's own for the attention."""
+        initialize(self.weight)
+        if self.init == "compensated":
+            with torch.no_grad():
+                self.weight.mul_(math.sqrt(self.n_kernels))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.attention is not None:
+            self.attention.reset_parameters()
+
+    def mixing_weights(self, x: Tensor) -> Tensor:
+        """The weight of each kernel for each sample, [B, C, *spatial] -> [B, K]."""
+        if self.dynamic:
+            return self.attention(x)
+        return self.weight.new_full((len(x), self.n_kernels), 1 / self.n_kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, *spatial] -> [B, C_out, *spatial']."""
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        if not self.dynamic:
+            conv = F.conv2d if self.ndim == 2 else F.conv3d
+            weight, bias = self._mixed(self.weight.new_full((1, self.n_kernels), 1 / self.n_kernels))
+            weight = weight[0]
+            if self.attention is not None:
+                # Gradients of zero, where distributed training would stop at none.
+                weight = weight + 0 * sum(parameter.sum() for parameter in self.attention.parameters())
+            return conv(x, weight, None if bias is None else bias[0], *geometry)
+        op = dynamic_conv2d if self.ndim == 2 else dynamic_conv3d
+        return op(x, *self._mixed(self.mixing_weights(x)), *geometry, self.conv_impl)
+
+    def _mixed(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kernels [B, C_out, C/groups, *kernel] and biases [B, C_out] of mixing weights [B, K]."""
+        with autocast_disabled(weights.device.type):
+            weights = weights.to(self.weight.dtype)
+            kernels = weights @ self.weight.view(self.n_kernels, -1)
+            kernels = kernels.view(len(weights), self.out_channels, *self.weight.shape[1:])
+            bias = None if self.bias is None else weights @ self.bias.view(self.n_kernels, -1)
+        return kernels, bias
+
+    def kept_by_autograd(self, voxels: int) -> int:
+        """Numbers kept for each sample of this size in training, beyond a static convolution's: the mixed kernels and
+        what the attention keeps."""
+        kernels = self.weight.numel() // self.n_kernels
+        return kernels + (self.attention.kept_per_voxel * voxels if self.dynamic else 0)
+
+    @torch.no_grad()
+    def folded(self, weights: Tensor) -> nn.Conv2d | nn.Conv3d:
+        """The plain convolution with these mixing weights, [K], for every sample."""
+        kernels, bias = self._mixed(weights.unsqueeze(0))
+        conv = (nn.Conv2d if self.ndim == 2 else nn.Conv3d)(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            bias is not None,
+        ).to(self.weight)
+        conv.weight.copy_(kernels[0])
+        if bias is not None:
+            conv.bias.copy_(bias[0])
+        return conv
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
+            f"n_kernels={self.n_kernels}"
+        )
+
+
+class MagicConv2d(MagicConv):
+    """:class:`MagicConv` of images."""
+
+    ndim = 2
+
+
+class MagicConv3d(MagicConv):
+    """:class:`MagicConv` of volumes."""
+
+    ndim = 3
+
+
+def set_temperature(network: nn.Module, temperature: float) -> None:
+    """Set the temperature of every attention in ``network`` that has one."""
+    for module in network.modules():
+        if isinstance(module, SoftmaxAttention):
+            module.set_temperature(temperature)
+
+
+def _hidden(channels: int, reduction: int) -> int:
+    if reduction < 1 or channels <= reduction:
+        raise ValueError(
+            f"in_channels={channels} must be more than reduction={reduction}; use a plain convolution here, or a "
+            "smaller reduction."
+        )
+    return channels // reduction
+
+
+def _channel_means(x: Tensor, like: Tensor) -> Tensor:
+    return voxel_statistics(x, with_peak=False)[0].to(like.dtype)
