@@ -1,4 +1,4 @@
-"""The command line: activation, status and the demo. Training and prediction stay nnU-Net's own commands."""
+"""The command line: activation, status, the demo and export. Training and prediction stay nnU-Net's own commands."""
 
 import contextlib
 import io
@@ -170,3 +170,27 @@ def demo(
         raise _fail(str(error)) from None
     except KeyboardInterrupt:
         raise _fail("interrupted; nothing was kept.") from None
+
+
+@app.command()
+def export(
+    model: Annotated[
+        Path, typer.Option("-m", "--model", help="nnU-Net's model folder, <trainer>__<plans>__<configuration>.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The ONNX file to write.")],
+    fold: Annotated[str, typer.Option("-f", "--fold", help='A number or "all".')] = "0",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Its name in the fold's folder.")] = (
+        "checkpoint_final.pth"
+    ),
+) -> None:
+    """Write a trained network as ONNX, checked with ONNX Runtime, with what is needed to use it in the metadata."""
+    from nnunet_deform.export import ExportError, export_onnx
+
+    try:
+        activation.check_nnunetv2()
+        # nnU-Net and the exporter print what they do.
+        with contextlib.redirect_stdout(io.StringIO()):
+            metadata = export_onnx(model, output, fold=fold, checkpoint=checkpoint)
+    except (activation.ActivationError, ExportError) as error:
+        raise _fail(str(error)) from None
+    print(f"Wrote {output}: patch {metadata['patch_size']}, spacing {metadata['spacing']}, opset 18.")

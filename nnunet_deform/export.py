@@ -1,0 +1,155 @@
+"""A trained model as an ONNX file, with what is needed to prepare images for it and to read its output."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_deform import activation
+
+OPSET = 18
+INPUT, OUTPUT = "image", "logits"
+# Relative to the largest logit. Sums are taken in another order by the other runtime.
+TOLERANCE = 1e-3
+
+
+class ExportError(RuntimeError):
+    """The model cannot be exported; the message says why and what to do."""
+
+
+def export_onnx(
+    model_folder: Path, output: Path, *, fold: str = "0", checkpoint: str = "checkpoint_final.pth"
+) -> dict[str, str]:
+    """Write the network of one fold as ONNX, and check it with ONNX Runtime.
+
+    The file takes ``image`` [1, channels, *patch_size], preprocessed as the metadata says, and gives ``logits``
+    [1, classes, *patch_size]. Sliding window, mirroring and resampling are left to the user of the file.
+
+    Args:
+        model_folder: nnU-Net's ``<trainer>__<plans>__<configuration>``.
+        output: the file to write; it appears only when it is complete and checked.
+        fold: a number or "all".
+        checkpoint: name of the checkpoint in the fold's folder.
+
+    Returns:
+        The metadata in the file, JSON by name.
+
+    Raises:
+        ExportError: a file or package is missing, the network has no ONNX form, or ONNX Runtime disagrees.
+    """
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    _check_packages()
+    weights = model_folder / f"fold_{fold}" / checkpoint
+    for path in (model_folder / "plans.json", model_folder / "dataset.json", weights):
+        if not path.is_file():
+            raise ExportError(
+                f"{path} does not exist; give the folder of a trained model (<trainer>__<plans>__<configuration>), and "
+                "its fold and checkpoint."
+            )
+    predictor = _loaded(model_folder, fold, checkpoint)
+    network = predictor.network
+    _check_operators(network)
+    configuration = predictor.configuration_manager
+    channels = determine_num_input_channels(predictor.plans_manager, configuration, predictor.dataset_json)
+    image = torch.randn(1, channels, *configuration.patch_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            (image,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+        expected = network(image)
+    metadata = _metadata(predictor, fold)
+    program.model.metadata_props.update(metadata)
+
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        program.save(partial, external_data=False)
+        _check_result(partial, image, expected)
+        os.replace(partial, output)
+    except OSError as error:
+        raise ExportError(f"cannot write {output} ({error.strerror}).") from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(partial)
+    return metadata
+
+
+def _check_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"{error.name} is not installed; run: pip install 'nnunet-deform[export]'") from error
+
+
+def _loaded(model_folder: Path, fold: str, checkpoint: str) -> Any:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    # The checkpoint names its trainer, which may be one of ours.
+    activation.apply()
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(
+        str(model_folder), ("all" if fold == "all" else int(fold),), checkpoint
+    )
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    predictor.network.eval()
+    return predictor
+
+
+def _check_operators(network: nn.Module) -> None:
+    from nnunet_deform.layers import DeformConv
+
+    if any(isinstance(module, DeformConv) and module.offset is not None for module in network.modules()):
+        raise ExportError(
+            f"{type(network).__name__} cannot be exported: its deformable convolution is an operator of our own, which "
+            "ONNX Runtime does not know; its op-off twin and 3D UX-Net can be."
+        )
+
+
+def _metadata(predictor: Any, fold: str) -> dict[str, str]:
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    dataset, labels = predictor.dataset_json, predictor.label_manager
+    values = {
+        "trainer": predictor.trainer_name,
+        "dataset": plans.dataset_name,
+        "plans": plans.plans_name,
+        "fold": fold,
+        "channel_names": dataset["channel_names"],
+        "patch_size": configuration.patch_size,
+        "spacing": configuration.spacing,
+        "transpose_forward": plans.transpose_forward,
+        "transpose_backward": plans.transpose_backward,
+        "normalization_schemes": configuration.normalization_schemes,
+        "use_mask_for_norm": configuration.use_mask_for_norm,
+        "foreground_intensity_properties_per_channel": plans.foreground_intensity_properties_per_channel,
+        "labels": dataset["labels"],
+        "regions_class_order": dataset.get("regions_class_order"),
+        "activation": "sigmoid" if labels.has_regions else "softmax",
+        "mirror_axes": predictor.allowed_mirroring_axes,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def _check_result(path: Path, image: torch.Tensor, expected: torch.Tensor) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {INPUT: image.numpy()})
+    error = (torch.from_numpy(logits) - expected).abs().max() / expected.abs().max().clamp(min=1)
+    if not error <= TOLERANCE:
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} gives logits that differ by {error:.1e} of the largest, more than "
+            f"{TOLERANCE:.0e}; nothing was written."
+        )
