@@ -30,7 +30,12 @@ from nnunet_deform.networks import NETWORKS
 STORED_PER_COUNTED = 1.85
 # How far the memory estimate may be from what a CPU keeps of a network this small. LightMedSeg keeps the inputs of its
 # narrowest convolutions filled up with zeros there; at the paper's widths that is 2 %.
-MEMORY_TOLERANCE = {"DeformUXNet": 0.05, "LightMedSeg": 0.12}
+MEMORY_TOLERANCE = {
+    "DeformUXNet": 0.05,
+    "LightMedSeg": 0.12,
+    "MagicPlainConvUNet": 0.05,
+    "MagicResidualEncoderUNet": 0.05,
+}
 
 pytestmark = pytest.mark.parametrize("name", list(NETWORKS))
 small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
