@@ -12,11 +12,8 @@ measured in a process of its own.
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import PeakMemory, can_measure_memory, describe
+from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 from torch import Tensor
 
 from nnunet_deform.ops import BACKEND_VARIABLE, backends_for, deform_conv3d
@@ -168,29 +165,6 @@ def _deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def clock_of(device: str, threads: int) -> Callable[[], float]:
-    if device == "cuda":
-
-        def after_all_kernels() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return after_all_kernels
-    return time.process_time if threads == 1 else time.perf_counter
-
-
-def fastest(rounds: int, runs: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
-    """Milliseconds of each, the rounds interleaved after one to warm up."""
-    best = dict.fromkeys(runs, float("inf"))
-    for round_number in range(rounds + 1):
-        for name, call in runs.items():
-            start = clock()
-            call()
-            if round_number:
-                best[name] = min(best[name], (clock() - start) * 1e3)
-    return best
-
-
 def extra_memory(contender: Contender, shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:
     """Peak memory of a pass beyond its results, in units of the input."""
     if device == "cuda":
@@ -209,12 +183,6 @@ def extra_memory(contender: Contender, shape: tuple[int, int, int], device: str,
         results = case.forward_backward(contender)
         peak = peak_memory.bytes()
     return (peak - sum(tensor.nbytes for tensor in results if tensor is not None)) / case.input_bytes
-
-
-def in_own_process(threads: int, contender: Contender, shape: tuple[int, int, int], dtype: torch.dtype) -> float:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
-        return process.submit(extra_memory, contender, shape, "cpu", dtype).result()
 
 
 def measure(device: str, dtype: torch.dtype, rounds: int, threads: int, compiled: bool) -> list[dict]:
@@ -238,7 +206,7 @@ def measure(device: str, dtype: torch.dtype, rounds: int, threads: int, compiled
             if device == "cuda":
                 row["extra_memory"] = extra_memory(contender, shape, device, dtype)
             elif can_measure_memory() and not contender.compiled:
-                row["extra_memory"] = in_own_process(threads, contender, shape, dtype)
+                row["extra_memory"] = in_own_process(threads, extra_memory, contender, shape, "cpu", dtype)
             rows.append(row)
             print(as_text(row), flush=True)
     return rows

@@ -5,19 +5,17 @@
 Forward, loss under deep supervision, backward and an SGD step at batch 2, float32, on the network that nnU-Net plans
 for a 3D patch of this size. The networks run in turn in every round, and the fastest round counts. With one thread the
 time is the process's own CPU time, so that other programs on the machine matter little; with more it is wall time. The
-memory is the peak over forward and backward beyond weights, gradients and momentum.
+memory is the peak over forward and backward beyond weights, gradients and momentum, each in a process of its own.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from deform_conv import fastest, machine, peak_beyond_resident
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 from torch import nn
 
 from nnunet_deform.networks import MagicPlainConvUNet
@@ -75,15 +73,28 @@ class Training:
         self.optimizer.step()
 
 
+def levels_of(side: int) -> int:
+    """As nnU-Net's planner: halved while at least 4 voxels remain, at most six levels."""
+    return min(6, side.bit_length() - 2)
+
+
+def peak_memory(name: str, side: int, twin: bool) -> int:
+    peak = PeakMemory()
+    training = Training(contenders(levels_of(side), twin)[name], side)
+    training.step()
+    peak.start()
+    training.forward_backward()
+    return peak.bytes()
+
+
 def measure(side: int, rounds: int, threads: int, twin: bool) -> list[dict]:
     torch.set_num_threads(threads)
-    clock: Callable[[], float] = time.process_time if threads == 1 else time.perf_counter
-    # As nnU-Net's planner: halved while at least 4 voxels remain, at most six levels.
-    levels = min(6, side.bit_length() - 2)
-    trainings = {name: Training(network, side) for name, network in contenders(levels, twin).items()}
-    times = fastest(rounds, {name: training.step for name, training in trainings.items()}, clock)
-    # After all times, because it changes how memory is allocated.
-    peaks = {name: peak_beyond_resident(training.forward_backward) for name, training in trainings.items()}
+    trainings = {name: Training(network, side) for name, network in contenders(levels_of(side), twin).items()}
+    times = fastest(rounds, {name: training.step for name, training in trainings.items()}, clock_of("cpu", threads))
+    peaks = {
+        name: in_own_process(threads, peak_memory, name, side, twin) if can_measure_memory() else None
+        for name in trainings
+    }
     reference = next(iter(trainings))
     return [
         {
@@ -115,7 +126,7 @@ def main() -> None:
     parser.add_argument("--twin", action="store_true", help="also the static network of equal parameters")
     parser.add_argument("--output", type=Path, help="folder for magic_cpu.json")
     arguments = parser.parse_args()
-    about = machine()
+    about = describe()
     rows = measure(arguments.patch, arguments.rounds, arguments.threads, arguments.twin)
     show(rows)
     if arguments.output:

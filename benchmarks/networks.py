@@ -10,16 +10,13 @@ training step holds at most beyond weights, momentum and gradients, each measure
 
 import argparse
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
-from deform_conv import clock_of, fastest
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from machine import PeakMemory, can_measure_memory, describe
+from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 from torch import Tensor, nn
 
 from nnunet_deform.networks import DeformUXNet
@@ -122,12 +119,6 @@ def peak_memory(case_arguments: tuple) -> int:
     return peak.bytes()
 
 
-def in_own_process(threads: int, case_arguments: tuple) -> int:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
-        return process.submit(peak_memory, case_arguments).result()
-
-
 def measure(patch: tuple[int, ...], batch: int, device: str, threads: int, rounds: int) -> list[dict]:
     torch.set_num_threads(threads)
     clock = clock_of(device, threads)
@@ -139,7 +130,7 @@ def measure(patch: tuple[int, ...], batch: int, device: str, threads: int, round
     }
     parameters = {name: sum(p.numel() for p in case.network.parameters()) for name, case in cases.items()}
     del cases
-    memory_of = peak_memory if device == "cuda" else partial(in_own_process, threads)
+    memory_of = peak_memory if device == "cuda" else partial(in_own_process, threads, peak_memory)
     rows = []
     for name in CONTENDERS:
         row = {"name": name, "parameters": parameters[name]}

@@ -8,17 +8,12 @@ its own over what it held before the prediction, so it has the output in it but 
 """
 
 import argparse
-import ctypes
-import datetime
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
@@ -78,55 +73,16 @@ def image(size: int, channels: int) -> Tensor:
     return torch.randn(1, channels, size, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def seconds(named: dict[str, nn.Module], patch: Tensor, rounds: int) -> dict[str, float]:
-    best = dict.fromkeys(named, float("inf"))
-    for _ in range(rounds):
-        for name, network in named.items():
-            start = time.process_time()
-            network(patch)
-            best[name] = min(best[name], time.process_time() - start)
-    return best
-
-
+@torch.inference_mode()
 def peak_memory(name: str, size: int, channels: int) -> int:
-    """Bytes of this process at its peak over those before the prediction; on Linux with glibc only."""
-    # M_MMAP_THRESHOLD: freed tensors leave the process at once, so the peak is of those in use.
-    ctypes.CDLL(None).mallopt(-3, 2**16)
+    """Bytes of this process at its peak over those before the prediction."""
+    peak = PeakMemory()
     network, patch = built(architectures(size)[name], channels), image(size, channels)
     # A first prediction of the smallest patch, so that what the libraries set up is not counted.
     network(image(64, channels))
-
-    def kibibytes(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(field)).split()[1])
-
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = kibibytes("VmRSS")
+    peak.start()
     network(patch)
-    return (kibibytes("VmHWM") - before) * 1024
-
-
-def peak_memory_elsewhere(name: str, arguments: argparse.Namespace) -> int | None:
-    if platform.libc_ver()[0] != "glibc" or not Path("/proc/self/clear_refs").exists():
-        return None
-    command = [sys.executable, __file__, "--size", str(arguments.size), "--channels", str(arguments.channels)]
-    return int(subprocess.run([*command, "--memory-of", name], capture_output=True, text=True, check=True).stdout)
-
-
-def machine() -> dict[str, str]:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "processor": model,
-        "cores": str(os.cpu_count()),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
+    return peak.bytes()
 
 
 @torch.inference_mode()
@@ -139,30 +95,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"beside {STOCK}; default: all")
     parser.add_argument("--output", type=Path, help="folder for prediction_cpu.json")
-    parser.add_argument("--memory-of", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.size < 64 or arguments.size % 32:
         parser.error(f"--size {arguments.size} must be a multiple of 32, at least 64.")
     torch.set_num_threads(1)
-    if arguments.memory_of:
-        print(peak_memory(arguments.memory_of, arguments.size, arguments.channels))
-        return
-
     named = {
         name: built(architecture, arguments.channels)
         for name, architecture in architectures(arguments.size).items()
         if name == STOCK or arguments.only is None or name in arguments.only
     }
-    times = seconds(named, image(arguments.size, arguments.channels), arguments.rounds)
+    patch = image(arguments.size, arguments.channels)
+    runs = {name: partial(network, patch) for name, network in named.items()}
+    milliseconds = fastest(arguments.rounds, runs, clock_of("cpu", 1))
     rows = []
     for name, network in named.items():
-        memory = peak_memory_elsewhere(name, arguments)
+        memory = None
+        if can_measure_memory():
+            memory = in_own_process(1, peak_memory, name, arguments.size, arguments.channels)
         rows.append(
             {
                 "name": name,
                 "parameters": sum(p.numel() for p in network.parameters()),
-                "seconds": times[name],
-                "times_as_fast": times[STOCK] / times[name],
+                "seconds": milliseconds[name] / 1e3,
+                "times_as_fast": milliseconds[STOCK] / milliseconds[name],
                 "peak_megabytes": None if memory is None else memory / 1e6,
             }
         )
@@ -177,7 +132,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         about = {"size": arguments.size, "channels": arguments.channels, "rounds": arguments.rounds}
-        record = {**machine(), **about, "threads": 1, "results": rows}
+        record = {**describe(), **about, "threads": 1, "results": rows}
         (arguments.output / "prediction_cpu.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

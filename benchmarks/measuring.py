@@ -1,10 +1,15 @@
-"""What a benchmark ran on, and how much memory a process has held: shared by the benchmarks beside this file."""
+"""How all benchmarks beside this file measure: what they ran on, the fastest of interleaved rounds, peak memory."""
 
 import ctypes
 import datetime
+import multiprocessing
 import os
 import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +41,30 @@ def describe() -> dict[str, str]:
     return about
 
 
+def clock_of(device: str, threads: int) -> Callable[[], float]:
+    """CPU time of this process for one thread, so that other programs matter little; else wall time."""
+    if device == "cuda":
+
+        def after_all_kernels() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return after_all_kernels
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def fastest(rounds: int, runs: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of each, the rounds interleaved after one to warm up."""
+    best = dict.fromkeys(runs, float("inf"))
+    for round_number in range(rounds + 1):
+        for name, call in runs.items():
+            start = clock()
+            call()
+            if round_number:
+                best[name] = min(best[name], (clock() - start) * 1e3)
+    return best
+
+
 def can_measure_memory() -> bool:
     """Whether this system says how much memory a process has held: Linux with glibc."""
     return platform.libc_ver()[0] == "glibc" and os.access(_CLEAR_REFS, os.W_OK)
@@ -56,6 +85,13 @@ class PeakMemory:
 
     def bytes(self) -> int:
         return (_kibibytes("VmHWM") - self._before) * 1024
+
+
+def in_own_process(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a new process with this number of threads."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
+        return process.submit(function, *arguments).result()
 
 
 def _kibibytes(field: str) -> int:
