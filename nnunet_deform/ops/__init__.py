@@ -4,7 +4,8 @@ from nnunet_deform.ops.autocast import autocast_disabled
 from nnunet_deform.ops.backends import BACKEND_VARIABLE, Backend, backends_for, choose_backend
 from nnunet_deform.ops.deform_conv import deform_conv2d, deform_conv3d
 from nnunet_deform.ops.dynamic_conv import ConvImpl, dynamic_conv2d, dynamic_conv3d
-from nnunet_deform.ops.few_channels import CHANNELS_LAST, concatenate_channels, few_channel_conv
+from nnunet_deform.ops.few_channels import concatenate_channels, few_channel_conv
+from nnunet_deform.ops.layouts import CHANNELS_LAST
 from nnunet_deform.ops.pooling import voxel_statistics
 
 __all__ = [

@@ -13,8 +13,7 @@ from nnunet_deform.ops.backends import choose_backend
 from nnunet_deform.ops.backends.triton_ import backward as triton_backward
 from nnunet_deform.ops.backends.triton_ import forward as triton_forward
 from nnunet_deform.ops.checks import check_deform_conv, convolved_size, spatial_argument
-
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+from nnunet_deform.ops.layouts import CHANNELS_LAST
 
 
 def deform_conv2d(
@@ -192,7 +191,7 @@ def _empty_gradients(input, offset, weight, needs):
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = _CHANNELS_LAST.get(tensor.ndim - 2)
+    channels_last = CHANNELS_LAST.get(tensor.ndim - 2)
     if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
         return channels_last
     return torch.contiguous_format

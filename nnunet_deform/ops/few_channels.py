@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+from nnunet_deform.ops.layouts import CHANNELS_LAST
 
 # Channels in a vector of oneDNN's kernels.
 _LANES = 16

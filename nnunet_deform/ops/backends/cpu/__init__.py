@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nnunet_deform.ops.layouts import CHANNELS_LAST
+
 LIBRARY = Path(__file__).with_name("_kernel.dll" if sys.platform == "win32" else "_kernel.so")
 
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 # The kernel counts voxels and positions in 32 bits, with a bit to spare for the offsets.
 _MOST_VOXELS = 2**29
@@ -171,17 +172,17 @@ def _library() -> _Library | str:
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.float().contiguous(memory_format=_CHANNELS_LAST[tensor.ndim - 2])
+    return tensor.float().contiguous(memory_format=CHANNELS_LAST[tensor.ndim - 2])
 
 
 def _empty_channels_last(like: Tensor, size: Sequence[int]) -> Tensor:
-    return torch.empty((*like.shape[:2], *size), dtype=like.dtype, memory_format=_CHANNELS_LAST[len(size)])
+    return torch.empty((*like.shape[:2], *size), dtype=like.dtype, memory_format=CHANNELS_LAST[len(size)])
 
 
 def _dense(offset: Tensor) -> Tensor:
     """Planar or channels last as it is, so that its voxels are evenly spaced; anything else becomes planar."""
     offset = offset.float()
-    return offset if offset.is_contiguous(memory_format=_CHANNELS_LAST[offset.ndim - 2]) else offset.contiguous()
+    return offset if offset.is_contiguous(memory_format=CHANNELS_LAST[offset.ndim - 2]) else offset.contiguous()
 
 
 def _by_tap(weight: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
+from nnunet_deform.ops.layouts import CHANNELS_LAST
+
 try:
     import triton
 
@@ -31,7 +33,6 @@ try:
 except ImportError:
     triton = None
 
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 # The kernels count voxels in 32 bits, with a bit to spare for the offsets.
 _MOST_VOXELS = 2**29 - 1
@@ -128,12 +129,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     needs_input, needs_offset, needs_weight, needs_bias = needs
     problem = _Problem(input, offset, weight, stride, padding, dilation)
-    grad_output = grad_output.contiguous(memory_format=_CHANNELS_LAST[input.ndim - 2])
+    grad_output = grad_output.contiguous(memory_format=CHANNELS_LAST[input.ndim - 2])
 
     grad_input = grad_offset = grad_weight = grad_bias = None
     if needs_input:
         # Sums of many samples: float32 whatever the dtype of the values.
-        grad_input = torch.zeros_like(input, dtype=torch.float32, memory_format=_CHANNELS_LAST[input.ndim - 2])
+        grad_input = torch.zeros_like(input, dtype=torch.float32, memory_format=CHANNELS_LAST[input.ndim - 2])
         with _current_device(input):
             if torch.are_deterministic_algorithms_enabled():
                 _gather_input_gradient(problem, grad_output, grad_input)
@@ -255,9 +256,9 @@ class _Problem:
         self.items = self.batch * self.groups
 
         if input.stride(1) != 1:
-            input = input.contiguous(memory_format=_CHANNELS_LAST[self.axes])
+            input = input.contiguous(memory_format=CHANNELS_LAST[self.axes])
         # Planar, channels last, or anything else in which the voxels are evenly spaced.
-        if not offset.is_contiguous(memory_format=_CHANNELS_LAST[self.axes]):
+        if not offset.is_contiguous(memory_format=CHANNELS_LAST[self.axes]):
             offset = offset.contiguous()
         self.input = {"input": input, "input_batch_stride": input.stride(0)}
         self.input |= _by_axis("input_{}_stride", input.stride()[2:], 0)
@@ -292,7 +293,7 @@ class _Problem:
             (*input.shape[:2], *self.out_size),
             dtype=input.dtype,
             device=input.device,
-            memory_format=_CHANNELS_LAST[self.axes],
+            memory_format=CHANNELS_LAST[self.axes],
         )
 
 
