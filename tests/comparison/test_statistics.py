@@ -261,6 +261,7 @@ def test_a_winner_is_named_when_everything_agrees():
         (_contrast(p=0.2), {}, "the test does not reject"),
         (_contrast(p=0.05), {}, "the test does not reject"),
         (_contrast(interval=(-0.001, 0.03)), {}, "the test does not reject"),
+        (_contrast(-0.02, (-0.03, 0.001)), {}, "the test does not reject"),
         (_contrast(interval=(-0.03, -0.01)), {}, "the test does not reject"),
         (_contrast(), {"seeds": (3, 2)}, "old has 2 of 3 seeds"),
         (_contrast(), {"seeds": (1, 3)}, "new has 1 of 3 seeds"),
