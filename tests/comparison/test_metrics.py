@@ -148,7 +148,7 @@ def test_a_folder_with_regions_and_ignore_label(tmp_path):
         assert row.Dice == dice[f"{row.case}.nii.gz"][str(row.label)]
         labels, tolerance = ([1], 1.0) if row.label == 1 else ([1, 2], 2.0)
         masks = [np.isin(array, labels) & (truth != 9) for array in (truth, predicted)]
-        assert (row.NSD, row.HD95) == surface_scores(*masks, (3.0, 1.0, 0.5), tolerance)
+        assert surface_scores(*masks, (3.0, 1.0, 0.5), tolerance) == (row.NSD, row.HD95)
         assert (row.voxels_truth, row.voxels_prediction) == tuple(mask.sum() for mask in masks)
 
 
