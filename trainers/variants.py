@@ -1,4 +1,5 @@
-"""Trainer variants by name: ``<trainer>[_AdamW][_{N}epochs[{M}iters]][_seed{S}]``, for our trainers and nnU-Net's own.
+"""Trainer variants by name, for our trainers and nnU-Net's own:
+``<trainer>[_AdamW][_{N}epochs[{M}iters]][_seed{S}][_unmirrored]``.
 
 A variant is a class like any other: importable from this module and picklable under its name, and nnU-Net finds it
 again when it predicts. The suffixes mean:
@@ -10,6 +11,8 @@ again when it predicts. The suffixes mean:
 - ``_seed{S}``: python, numpy and torch are seeded before the network is built, and again at each epoch's start from
   (S, epoch). On a CPU with ``nnUNet_n_proc_DA=0`` two such runs end in bit-equal weights, and so does one that was
   killed and continued.
+- ``_unmirrored``: the validation after training predicts each case once instead of averaging over mirrored images, 8
+  times as fast in 3D. Training and its mirroring augmentation are the same.
 """
 
 import random
@@ -32,6 +35,7 @@ _NAME = re.compile(
     r"(?P<adamw>_AdamW)?"
     r"(?:_(?P<epochs>[1-9]\d*)epochs(?:(?P<iterations>[1-9]\d*)iters)?)?"
     r"(?:_seed(?P<seed>0|[1-9]\d*))?"
+    r"(?P<unmirrored>_unmirrored)?"
 )
 
 
@@ -73,7 +77,7 @@ def _find_base(name: str) -> type[nnUNetTrainer]:
 
 
 def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) -> type[nnUNetTrainer]:
-    bases: list[type] = []
+    bases: list[type] = [Unmirrored] if parts["unmirrored"] else []
     attributes: dict[str, Any] = {"__module__": __name__, "__doc__": f"{base.__name__}, varied as its name says."}
     if parts["seed"]:
         bases.append(Seeded)
@@ -127,6 +131,17 @@ class Seeded(nnUNetTrainer):
         # The rank too: under DDP each process must draw its own batches.
         _seed_generators(self.seed, self.current_epoch, self.local_rank)
         super().on_epoch_start()
+
+
+class Unmirrored(nnUNetTrainer):
+    """Validation without averaging over mirrored images."""
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        mirrored, self.inference_allowed_mirroring_axes = self.inference_allowed_mirroring_axes, None
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self.inference_allowed_mirroring_axes = mirrored
 
 
 def _seed_generators(*entropy: int) -> None:

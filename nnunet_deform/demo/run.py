@@ -12,13 +12,9 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
-import subprocess
-import sysconfig
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nnunet_deform import activation
+from nnunet_deform.commands import CommandError, Interrupts, describe_exit, find_command, last_lines, run_command
 from nnunet_deform.demo.figure import save_figure
 from nnunet_deform.demo.phantom import DATASET_NAME, LABELS, LARGEST_ORGANS, write_phantom_dataset
 
@@ -41,9 +38,6 @@ _EPOCHS, _ITERATIONS = 10, 6
 _TRAINER = f"nnUNetTrainerDeformUX_AdamW_{_EPOCHS}epochs{_ITERATIONS}iters_seed0"
 
 _STEPS = 6
-_POLL_S = 0.2
-_GRACE_S = 3.0  # between SIGTERM and SIGKILL
-_TAIL_LINES = 30
 
 
 class DemoError(RuntimeError):
@@ -64,49 +58,6 @@ class DemoResult:
     seconds: float
 
 
-class _Interrupts:
-    """While entered, SIGINT, SIGTERM and SIGHUP raise, so that clean-up runs; in a ``held`` block they wait.
-
-    Does nothing outside the main thread, where Python allows no signal handlers, and leaves ignored signals ignored.
-    """
-
-    def __init__(self) -> None:
-        self._previous: dict[int, object] = {}
-        self._held = False
-        self._pending: int | None = None
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: object) -> None:
-        if self._held:
-            self._pending = number
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise SystemExit(128 + number)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-            if self._pending is not None:
-                number, self._pending = self._pending, None
-                self._receive(number, None)
-
-
 def _check_target(folder: Path) -> None:
     try:
         if folder.exists() and not folder.is_dir():
@@ -120,7 +71,7 @@ def _check_target(folder: Path) -> None:
 
 
 @contextmanager
-def _workspace(folder: Path, interrupts: _Interrupts) -> Iterator[Path]:
+def _workspace(folder: Path, interrupts: Interrupts) -> Iterator[Path]:
     """A hidden work folder that becomes ``folder`` when the block succeeds and is deleted when it does not.
 
     An existing, empty ``folder`` may be a mount point or somebody's working directory, so it is not replaced: the work
@@ -147,16 +98,6 @@ def _workspace(folder: Path, interrupts: _Interrupts) -> Iterator[Path]:
         raise
 
 
-def _find_command(name: str) -> str:
-    # The scripts beside the running interpreter, whatever PATH says: another environment's nnU-Net has no plugin.
-    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
-    folders = [sysconfig.get_path("scripts", scheme) for scheme in schemes]
-    found = shutil.which(name, path=os.pathsep.join(folders))
-    if found is None:
-        raise DemoError(f"{name} is not in {folders[0]}; install nnunetv2 into this Python environment.")
-    return found
-
-
 def _environment() -> dict[str, str]:
     """The user's environment with every nnU-Net setting replaced, so that their folders and trainers stay out of it."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
@@ -175,42 +116,10 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _end_group(process: subprocess.Popen) -> None:
-    """End the command and every process it started; returns when they are gone."""
-    if not hasattr(os, "killpg"):  # Windows
-        process.kill()
-        process.wait()
-        return
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + _GRACE_S
-        try:
-            os.killpg(process.pid, number)
-            while time.monotonic() < deadline:
-                process.poll()  # reaps the command, which would count as a member of its group otherwise
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-        except (ProcessLookupError, PermissionError):  # the group is empty; macOS says EPERM while zombies are left
-            return
-
-
-def _follow(process: subprocess.Popen, log: Path, on_line: Callable[[str], None]) -> None:
-    """Call ``on_line`` for every line the command writes to ``log`` until it ends."""
-    rest = b""
-    with log.open("rb") as stream:
-        ended = False
-        while not ended:
-            ended = process.poll() is not None
-            *lines, rest = re.split(rb"[\r\n]+", rest + stream.read())
-            for line in lines:
-                on_line(line.decode(errors="replace"))
-            if not ended:
-                time.sleep(_POLL_S)
-
-
 class _Runner:
     """Runs the steps of one demo in its work folder and shows how far they are."""
 
-    def __init__(self, work: Path, console: Console, interrupts: _Interrupts) -> None:
+    def __init__(self, work: Path, console: Console, interrupts: Interrupts) -> None:
         self.work = work
         self.console = console
         self._interrupts = interrupts
@@ -237,7 +146,10 @@ class _Runner:
         Raises:
             DemoError: the command is missing or failed; the end of its output has been printed.
         """
-        program = _find_command(argv[0])
+        try:
+            find_command(argv[0])
+        except CommandError as error:
+            raise DemoError(str(error)) from None
         self.console.print(f"    $ {shlex.join(argv)}", style="cyan", markup=False, highlight=False, soft_wrap=True)
         log = self.work / "logs" / f"{argv[0]}.log"
         columns = (
@@ -247,7 +159,7 @@ class _Runner:
             TextColumn("{task.description}", markup=False),
         )
         live = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        with live as progress, log.open("wb") as output:
+        with live as progress:
             task = progress.add_task("starting", total=epochs)
 
             def show(line: str) -> None:
@@ -261,34 +173,23 @@ class _Runner:
                 if line.strip():
                     progress.update(task, description=line.strip()[:100])
 
-            process = None
-            try:
-                with self._interrupts.held():
-                    process = subprocess.Popen(
-                        [program, *argv[1:]],
-                        cwd=self.work,
-                        env=self._environment | environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,  # a process group of its own, which can be ended as a whole
-                    )
-                _follow(process, log, show)
-            except BaseException:
-                if process is not None:
-                    with self._interrupts.held():
-                        _end_group(process)
-                raise
-        if process.returncode != 0:
-            _end_group(process)
-            self._report_failure(argv[0], process.returncode, log)
+            code = run_command(
+                argv,
+                log=log,
+                cwd=self.work,
+                environment=self._environment | environment,
+                interrupts=self._interrupts,
+                on_line=show,
+            )
+        if code != 0:
+            self._report_failure(argv[0], code, log)
 
     def _report_failure(self, name: str, code: int, log: Path) -> None:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         self.console.print(f"The last lines of {name}:")
-        self.console.print(Text("\n".join(lines[-_TAIL_LINES:])))
-        how = f"with exit code {code}" if code > 0 else f"by signal {-code}"
-        raise DemoError(f"{name} ended {how}; its last lines are above, and the demo's files have been removed.")
+        self.console.print(Text(last_lines(log)))
+        raise DemoError(
+            f"{name} ended {describe_exit(code)}; its last lines are above, and the demo's files have been removed."
+        )
 
 
 def _describe_plan(work: Path) -> str:
@@ -384,7 +285,7 @@ def run_demo(folder: Path | None = None, *, console: Console | None = None) -> D
     """
     console = console or Console()
     started = time.monotonic()
-    with _Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         if folder is None:
             target = Path(tempfile.gettempdir(), f"nnunet-deform-demo-{secrets.token_hex(4)}")
         else:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nnunet_deform import activation
+from nnunet_deform import activation, commands
 from nnunet_deform.demo import DemoError, run, run_demo
 from nnunet_deform.demo.phantom import DATASET_NAME, LABELS
 
@@ -64,11 +64,14 @@ elif name == "nnUNetv2_evaluate_folder":
 DRIVER = """
 import signal, sys
 from pathlib import Path
+from nnunet_deform import commands
 from nnunet_deform.demo import run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-run._find_command = lambda name: str(Path(sys.argv[1], name))
-run._NUM_TRAIN, run._NUM_TEST, run._GRACE_S = 2, 1, 0.5
+commands.find_command = lambda name: str(Path(sys.argv[1], name))
+run.find_command = commands.find_command
+commands._GRACE_S = 0.5
+run._NUM_TRAIN, run._NUM_TEST = 2, 1
 run.run_demo(Path(sys.argv[2]))
 """
 
@@ -81,10 +84,11 @@ def fakes(tmp_path_factory, monkeypatch) -> Path:
         script = folder / f"nnUNetv2_{name}"
         script.write_text(f"#!{sys.executable}\n{FAKE}")
         script.chmod(0o755)
-    monkeypatch.setattr(run, "_find_command", lambda name: str(folder / name))
+    for module in (commands, run):
+        monkeypatch.setattr(module, "find_command", lambda name: str(folder / name))
     monkeypatch.setattr(run, "_NUM_TRAIN", 2)
     monkeypatch.setattr(run, "_NUM_TEST", 1)
-    monkeypatch.setattr(run, "_GRACE_S", 0.5)
+    monkeypatch.setattr(commands, "_GRACE_S", 0.5)
     monkeypatch.setenv("FAKE_MODE", "good")
     monkeypatch.setenv("FAKE_DICE", "[0.9, 0.8, 0.7, 0.2, 0.1]")
     monkeypatch.setenv("FAKE_PIDS", str(folder / "pids"))
@@ -294,7 +298,7 @@ def test_signals_wait_for_the_end_of_a_held_block():
             signal.raise_signal(signal.SIGTERM)
             reached.append("end of the block")
 
-    with run._Interrupts() as interrupts:
+    with commands.Interrupts() as interrupts:
         with pytest.raises(SystemExit, match="143"):
             terminate_while_held()
         assert reached == ["end of the block"]
@@ -306,7 +310,7 @@ def test_signals_wait_for_the_end_of_a_held_block():
 def test_an_ignored_signal_stays_ignored():
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with run._Interrupts():
+        with commands.Interrupts():
             signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:

@@ -20,6 +20,8 @@ VARIANTS = [
     "nnUNetTrainerNoDeepSupervision_AdamW_7epochs_seed12",
     "nnUNetTrainerLightMedSeg_AdamW_3epochs_seed2",
     "nnUNetTrainerLightMedSegStandard_4epochs20iters",
+    "nnUNetTrainer_unmirrored",
+    "nnUNetTrainer_AdamW_4epochs20iters_seed1_unmirrored",
 ]
 
 
@@ -60,6 +62,7 @@ def test_another_process_unpickles_a_variant() -> None:
         "nnUNetTrainerDeformUX_seed01",
         "nnUNetTrainerDeformUX_seed",
         "nnUNetTrainerDeformUX__AdamW",
+        "nnUNetTrainerDeformUX_unmirrored_seed1",
         "DeformUX_AdamW",
     ],
 )
@@ -129,3 +132,19 @@ def test_adamw_rate_changes_with_each_iteration(make_trainer) -> None:
     # A warm-up of 0.2 epochs is one iteration: the first has the full rate, the tenth is the cosine's end.
     cosine = [1e-6 + (1e-3 - 1e-6) * (1 + torch.cos(torch.tensor(torch.pi * i / 9)).item()) / 2 for i in range(10)]
     assert rates == pytest.approx(cosine, rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "axes"), [("nnUNetTrainer_2epochs", (0, 1, 2)), ("nnUNetTrainer_unmirrored", None)])
+def test_unmirrored_changes_the_validation_only(make_trainer, monkeypatch, name, axes) -> None:
+    validated = []
+    monkeypatch.setattr(
+        nnUNetTrainer,
+        "perform_actual_validation",
+        lambda self, save_probabilities: validated.append((self.inference_allowed_mirroring_axes, save_probabilities)),
+    )
+    trainer = make_trainer(find_trainer(name))
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert trainer.inference_allowed_mirroring_axes == (0, 1, 2)
+    trainer.perform_actual_validation(True)
+    assert validated == [(axes, True)]
+    assert trainer.inference_allowed_mirroring_axes == (0, 1, 2)  # checkpoints keep them
