@@ -1,0 +1,195 @@
+"""What must lie in nnU-Net's folders before the first training: plans, preprocessed cases, folds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_deform.comparison.experiment import Arm, Dataset, Experiment, Folders
+from nnunet_deform.comparison.files import read_json, write_json
+from nnunet_deform.comparison.splits import Split, ensure_splits, load_patients
+
+# nnU-Net's planners by the plans they write. Other plans must exist before the run.
+PLANNERS = {
+    "nnUNetPlans": "ExperimentPlanner",
+    "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM",
+    "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
+    "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
+}
+
+RunCommand = Callable[[list[str]], None]
+
+
+class PreparationError(RuntimeError):
+    """A dataset, plan or configuration is not as the experiment needs it."""
+
+
+@dataclass(frozen=True)
+class DatasetFolders:
+    """Where one dataset lies in nnU-Net's folders.
+
+    labels: value of each class, or values of each region, by name; without background and ignore label.
+    """
+
+    name: str
+    raw: Path
+    preprocessed: Path
+    labels: dict[str, int | tuple[int, ...]]
+    ignore_label: int | None
+    file_ending: str
+    cases: tuple[str, ...]
+
+    @property
+    def splits_file(self) -> Path:
+        return self.preprocessed / "splits_final.json"
+
+    def plans_file(self, plans: str) -> Path:
+        return self.preprocessed / f"{plans}.json"
+
+
+def find_dataset(dataset: Dataset, folders: Folders) -> DatasetFolders:
+    """Look a dataset up by its number or name.
+
+    Raises:
+        PreparationError: none or several have it, or it has no labels to train on.
+    """
+    pattern = f"Dataset{dataset.id:03d}_*" if isinstance(dataset.id, int) else dataset.id
+    found = sorted(path for path in folders.raw.glob(pattern) if path.is_dir())
+    if len(found) != 1:
+        what = "no dataset" if not found else f"{len(found)} datasets"
+        raise PreparationError(f"{folders.raw} has {what} {pattern}; put one there or correct the experiment's id.")
+    raw = found[0]
+    if not (raw / "dataset.json").is_file():
+        raise PreparationError(f"{raw} has no dataset.json, so it is no dataset of nnU-Net.")
+    description = read_json(raw / "dataset.json")
+    ending = description["file_ending"]
+    cases = sorted(path.name.removesuffix(ending) for path in (raw / "labelsTr").glob(f"*{ending}"))
+    if not cases:
+        raise PreparationError(f"{raw / 'labelsTr'} has no *{ending} file.")
+    labels = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in description["labels"].items()
+        if name not in ("background", "ignore")
+    }
+    return DatasetFolders(
+        name=raw.name,
+        raw=raw,
+        preprocessed=folders.preprocessed / raw.name,
+        labels=labels,
+        ignore_label=description["labels"].get("ignore"),
+        file_ending=ending,
+        cases=tuple(cases),
+    )
+
+
+def plans_name(arm: Arm, dataset: Dataset) -> str:
+    """The plan that an arm is trained with: its own, or a copy with the dataset's batch size."""
+    return arm.plans if dataset.batch_size is None else f"{arm.plans}_batch{dataset.batch_size}"
+
+
+def patients_of(dataset: Dataset, found: DatasetFolders, file: Path) -> dict[str, str] | None:
+    """Case to patient, or None where the experiment ``file`` gives no mapping.
+
+    Raises:
+        SplitError: the mapping does not fit.
+    """
+    return None if dataset.patients is None else load_patients(file.parent / dataset.patients, found.cases)
+
+
+def prepare_dataset(
+    experiment: Experiment, dataset: Dataset, folders: Folders, file: Path, run: RunCommand
+) -> list[Split]:
+    """Plan, preprocess what is not preprocessed, and write the folds; everything that is there is kept.
+
+    Args:
+        run: runs one of nnU-Net's commands.
+
+    Raises:
+        PreparationError, SplitError: see there.
+    """
+    found = find_dataset(dataset, folders)
+    # Before anything expensive.
+    patients = patients_of(dataset, found, file)
+    splits_exist = found.splits_file.exists()
+    if splits_exist:
+        ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
+    processes = str(experiment.resources.processes)
+    base_plans = list(dict.fromkeys(arm.plans for arm in experiment.arms))
+    unknown = [name for name in base_plans if name not in PLANNERS and not found.plans_file(name).exists()]
+    if unknown:
+        raise PreparationError(
+            f"{found.plans_file(unknown[0])} does not exist; make these plans first, or use one of {sorted(PLANNERS)}."
+        )
+    number = found.name[len("Dataset") :][:3]
+    missing = [name for name in base_plans if not found.plans_file(name).exists()]
+    if missing:
+        if not (found.preprocessed / "dataset_fingerprint.json").exists():
+            run(["nnUNetv2_extract_fingerprint", "-d", number, "--verify_dataset_integrity", "-np", processes])
+        for name in missing:
+            run(["nnUNetv2_plan_experiment", "-d", number, "-pl", PLANNERS[name]])
+    for name in base_plans:
+        configuration = _configuration(found.plans_file(name), dataset.configuration)
+        folder = found.preprocessed / configuration["data_identifier"]
+        if not _is_preprocessed(folder, found.cases):
+            _refuse_if_trained(found, folders, folder)
+            run(
+                [
+                    "nnUNetv2_preprocess",
+                    "-d",
+                    number,
+                    "-plans_name",
+                    name,
+                    "-c",
+                    dataset.configuration,
+                    "-np",
+                    processes,
+                ]
+            )
+            if not _is_preprocessed(folder, found.cases):
+                raise PreparationError(f"nnUNetv2_preprocess has left cases out of {folder}; see its log.")
+        if dataset.batch_size is not None:
+            _write_batch_copy(found, name, dataset.batch_size, dataset.configuration)
+    return ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
+
+
+def _configuration(plans: Path, name: str) -> dict[str, Any]:
+    configurations = read_json(plans)["configurations"]
+    if name not in configurations:
+        raise PreparationError(f"{plans} has no configuration {name!r}; it has {sorted(configurations)}.")
+    configuration = dict(configurations[name])
+    while "inherits_from" in configuration:
+        parent = configurations[configuration.pop("inherits_from")]
+        configuration = {**parent, **configuration}
+    return configuration
+
+
+def _is_preprocessed(folder: Path, cases: tuple[str, ...]) -> bool:
+    # nnU-Net writes a case's properties last.
+    return all((folder / f"{case}.pkl").exists() for case in cases)
+
+
+def _refuse_if_trained(found: DatasetFolders, folders: Folders, folder: Path) -> None:
+    """nnU-Net deletes the folder before it preprocesses, which would break a training on it."""
+    started = sorted((folders.results / found.name).glob("*/fold_*/checkpoint_*.pth"))
+    if started and folder.exists():
+        raise PreparationError(
+            f"{folder} lacks cases that the dataset has, but {started[0].parent} was already trained with it; put the "
+            "dataset back as it was, or start an experiment with another output folder."
+        )
+
+
+def _write_batch_copy(found: DatasetFolders, base: str, batch_size: int, configuration: str) -> None:
+    plans = read_json(found.plans_file(base))
+    plans["plans_name"] = f"{base}_batch{batch_size}"
+    plans["configurations"][configuration]["batch_size"] = batch_size
+    file = found.plans_file(plans["plans_name"])
+    if not file.exists():
+        write_json(file, plans)
+    elif read_json(file) != json.loads(json.dumps(plans)):
+        raise PreparationError(
+            f"{file} is no copy of {base} with batch {batch_size}: one of the two has changed since. Move the copy "
+            "away, with all results that rest on it."
+        )

@@ -1,0 +1,121 @@
+"""Cross-validation folds that never separate a patient, and the checks that an existing split must pass."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_deform.comparison.files import write_json
+
+Split = dict[str, list[str]]
+
+
+class SplitError(ValueError):
+    """The folds cannot be made or used."""
+
+
+def load_patients(file: Path, cases: Sequence[str]) -> dict[str, str]:
+    """The patient of each case, from JSON (``{"case": "patient"}``) or CSV (columns case and patient).
+
+    Raises:
+        SplitError: the file cannot be read, names a case twice, or leaves cases out.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SplitError(f"cannot read {file} ({error.strerror}).") from error
+    if file.suffix == ".json":
+        patients = {str(case): str(patient) for case, patient in json.loads(text).items()}
+    else:
+        rows = list(csv.DictReader(text.splitlines()))
+        if not rows or not {"case", "patient"} <= set(rows[0]):
+            raise SplitError(f"{file} needs a first line 'case,patient' and one line a case.")
+        patients = {}
+        for row in rows:
+            if row["case"] in patients:
+                raise SplitError(f"{file} names the case {row['case']!r} twice.")
+            patients[row["case"]] = row["patient"]
+    missing = [case for case in cases if not patients.get(case)]
+    if missing:
+        raise SplitError(f"{file} gives no patient for {_some(missing)}.")
+    return {case: patients[case] for case in cases}
+
+
+def make_splits(cases: Sequence[str], patients: Mapping[str, str] | None, folds: int) -> list[Split]:
+    """nnU-Net's own shuffled folds (seed 12345), of patients where they are known.
+
+    Raises:
+        SplitError: fewer patients than folds.
+    """
+    patients = patients or {case: case for case in cases}
+    people = sorted({patients[case] for case in cases})
+    if len(people) < folds:
+        raise SplitError(f"{len(people)} patients cannot be split into {folds} folds.")
+    splits = []
+    for fold in generate_crossval_split(people, seed=12345, n_splits=folds):
+        held_out = set(fold["val"])
+        splits.append(
+            {
+                "train": sorted(case for case in cases if patients[case] not in held_out),
+                "val": sorted(case for case in cases if patients[case] in held_out),
+            }
+        )
+    return splits
+
+
+def check_splits(
+    splits: Sequence[Split], cases: Sequence[str], patients: Mapping[str, str] | None, folds: Sequence[int], file: Path
+) -> None:
+    """Refuse folds that would make out-of-fold scores wrong.
+
+    Raises:
+        SplitError: a fold does not exist, names unknown cases, has a case or patient on both sides, or a case is
+            validated in two of ``folds``.
+    """
+    validated: dict[str, int] = {}
+    for fold in folds:
+        if fold >= len(splits):
+            raise SplitError(f"{file} has {len(splits)} folds, so there is no fold {fold}; nnU-Net would draw its own.")
+        train, val = splits[fold]["train"], splits[fold]["val"]
+        unknown = sorted({*train, *val} - set(cases))
+        if unknown:
+            raise SplitError(f"fold {fold} of {file} names {_some(unknown)}, which the dataset does not have.")
+        both = sorted(set(train) & set(val))
+        if both:
+            raise SplitError(f"fold {fold} of {file} trains on {_some(both)} and validates on them, too.")
+        if patients is not None:
+            shared = sorted({patients[case] for case in train} & {patients[case] for case in val})
+            if shared:
+                raise SplitError(
+                    f"fold {fold} of {file} has patient {_some(shared)} in training and in validation; move the file "
+                    "away, with all results that rest on it, and a patient-grouped one will be written."
+                )
+        for case in val:
+            if case in validated:
+                raise SplitError(f"{file} validates {case!r} twice, in folds {validated[case]} and {fold}.")
+            validated[case] = fold
+
+
+def ensure_splits(
+    file: Path, cases: Sequence[str], patients: Mapping[str, str] | None, number: int, folds: Sequence[int]
+) -> list[Split]:
+    """Write ``splits_final.json`` if there is none; an existing one is checked, used and never replaced.
+
+    Raises:
+        SplitError: see :func:`make_splits` and :func:`check_splits`.
+    """
+    exists = file.exists()
+    splits = json.loads(file.read_text(encoding="utf-8")) if exists else make_splits(cases, patients, number)
+    check_splits(splits, cases, patients, folds, file)
+    if not exists:
+        write_json(file, splits)
+    return splits
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
