@@ -1,8 +1,9 @@
-"""The command line: activation, status, the demo and export. Training and prediction stay nnU-Net's own commands."""
+"""The command line: activation, status, demo, export, comparison. Training and prediction stay nnU-Net's commands."""
 
 import contextlib
 import io
 import platform
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -194,3 +195,129 @@ def export(
     except (activation.ActivationError, ExportError) as error:
         raise _fail(str(error)) from None
     print(f"Wrote {output}: patch {metadata['patch_size']}, spacing {metadata['spacing']}, opset 18.")
+
+
+compare = typer.Typer(
+    help="Compare networks rigorously: one experiment file, every arm, paired statistics, a report. Needs the extra "
+    "[bold]compare[/bold].",
+    no_args_is_help=True,
+)
+app.add_typer(compare, name="compare")
+
+_ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")]
+
+
+@contextlib.contextmanager
+def _comparison_errors() -> Iterator[None]:
+    """One clear message and exit code 1 for what a user can mend."""
+    try:
+        activation.check_nnunetv2()
+        try:
+            import monai  # noqa: F401
+            import pydantic  # noqa: F401
+        except ImportError as error:
+            raise _fail(f"{error.name} is not installed; run: pip install 'nnunet-deform[compare]'") from None
+        from nnunet_deform.commands import CommandError
+        from nnunet_deform.comparison.collect import CollectionError
+        from nnunet_deform.comparison.experiment import ExperimentError
+        from nnunet_deform.comparison.prepare import PreparationError
+        from nnunet_deform.comparison.run import RunError
+        from nnunet_deform.comparison.splits import SplitError
+        from nnunet_deform.comparison.trainings import TrainingError
+    except activation.ActivationError as error:
+        raise _fail(str(error)) from None
+    known = (CommandError, CollectionError, ExperimentError, PreparationError, RunError, SplitError, TrainingError)
+    try:
+        yield
+    except known as error:
+        raise _fail(str(error)) from None
+    except KeyboardInterrupt:
+        raise _fail("interrupted; the same command goes on where it stopped.") from None
+
+
+@compare.command("init")
+def compare_init(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="nnU-Net's number or name of the dataset.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("experiment.yaml"),
+    configuration: Annotated[str, typer.Option("-c", "--configuration")] = "3d_fullres",
+    device: Annotated[str, typer.Option("--device", help="cuda, cpu or mps.")] = "cuda",
+) -> None:
+    """Write a good first experiment file for a dataset."""
+    with _comparison_errors():
+        from nnunet_deform.comparison.experiment import default_experiment
+        from nnunet_deform.comparison.files import write_text
+
+        if output.exists():
+            raise _fail(f"{output} exists; give another name with -o.")
+        identifier = int(dataset) if dataset.isdigit() else dataset
+        write_text(output, default_experiment(identifier, output, configuration=configuration, device=device))
+    print(f"Wrote {output}. Look at its arms and hypotheses, then: nnunet-deform compare run {output}")
+
+
+@compare.command("run")
+def compare_run(file: _ExperimentFile) -> None:
+    """Plan, preprocess, train, predict, score and report; goes on where an earlier run stopped."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.report import build_report
+        from nnunet_deform.comparison.run import Comparison, declaration
+
+        with Interrupts() as interrupts:
+            comparison = Comparison(file, Console(), interrupts)
+            with comparison.locked():
+                failures = comparison.run()
+            page = build_report(file, declaration(comparison.experiment))
+    print(f"Report: {page}")
+    if failures:
+        raise _fail("\n".join(["the report is incomplete, because these failed:", *failures]))
+
+
+@compare.command("jobs")
+def compare_jobs(file: _ExperimentFile) -> None:
+    """List the trainings, numbered, with how far each is: for a cluster's job array."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.run import Comparison
+
+        comparison = Comparison(file, Console(), Interrupts())
+        for number, training in enumerate(comparison.trainings):
+            print(f"{number}\t{'done' if comparison.is_done(training) else 'to do'}\t{training}")
+
+
+@compare.command("prepare")
+def compare_prepare(file: _ExperimentFile) -> None:
+    """Only plan, preprocess and write the folds: the first job on a cluster."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.run import Comparison
+
+        with Interrupts() as interrupts:
+            Comparison(file, Console(), interrupts).prepare()
+
+
+@compare.command("train")
+def compare_train(
+    file: _ExperimentFile, job: Annotated[int, typer.Option("--job", help="Its number, of compare jobs.", min=0)]
+) -> None:
+    """Train, validate and score one training: one job on a cluster. A finished one is left alone."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.run import Comparison
+
+        with Interrupts() as interrupts:
+            comparison = Comparison(file, Console(), interrupts)
+            if job >= len(comparison.trainings):
+                raise _fail(f"there is no job {job}; the experiment has {len(comparison.trainings)} trainings.")
+            comparison.train(comparison.trainings[job])
+
+
+@compare.command("report")
+def compare_report(file: _ExperimentFile) -> None:
+    """Write the report of what is finished."""
+    with _comparison_errors():
+        from nnunet_deform.comparison.experiment import load_experiment
+        from nnunet_deform.comparison.report import build_report
+        from nnunet_deform.comparison.run import declaration
+
+        page = build_report(file, declaration(load_experiment(file)))
+    print(f"Report: {page}")

@@ -135,19 +135,8 @@ def prepare_dataset(
         folder = found.preprocessed / configuration["data_identifier"]
         if not _is_preprocessed(folder, found.cases):
             _refuse_if_trained(found, folders, folder)
-            run(
-                [
-                    "nnUNetv2_preprocess",
-                    "-d",
-                    number,
-                    "-plans_name",
-                    name,
-                    "-c",
-                    dataset.configuration,
-                    "-np",
-                    processes,
-                ]
-            )
+            arguments = ["-d", number, "-plans_name", name, "-c", dataset.configuration, "-np", processes]
+            run(["nnUNetv2_preprocess", *arguments])
             if not _is_preprocessed(folder, found.cases):
                 raise PreparationError(f"nnUNetv2_preprocess has left cases out of {folder}; see its log.")
         if dataset.batch_size is not None:

@@ -1,0 +1,194 @@
+"""From nnU-Net's predictions to one tidy table, and the refusal of anything that does not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_deform.comparison.experiment import Dataset, Experiment, Folders
+from nnunet_deform.comparison.files import read_json, write_text
+from nnunet_deform.comparison.metrics import METRICS, score_folder
+from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, patients_of
+from nnunet_deform.comparison.trainings import Training, is_done, list_trainings, read_record
+
+COLUMNS = (
+    *("dataset", "configuration", "arm", "seed", "fold", "case", "patient", "label"),
+    *("Dice", "NSD", "HD95", "voxels_truth", "voxels_prediction"),
+)
+
+
+class CollectionError(RuntimeError):
+    """Scores that contradict each other; one sentence for each."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """cases: one row a training, case and class, out of fold, with COLUMNS; test: the same of the test set, predicted
+    by the folds' ensemble, fold -1; missing: why a training has no scores, by its words."""
+
+    cases: pd.DataFrame
+    test: pd.DataFrame
+    missing: dict[Training, str]
+
+
+def test_folder(training: Training, folders: Folders) -> Path:
+    """Where the test cases' predictions of an arm's folds lie."""
+    return folders.output / "test" / f"{training.dataset}-{training.configuration}" / training.arm
+
+
+def scores_file(training: Training, folders: Folders) -> Path:
+    return folders.output / "scores" / f"{training.key}.csv"
+
+
+def tolerances(experiment: Experiment, training: Training, found: DatasetFolders) -> dict[str, float]:
+    """NSD's tolerance of each class in mm.
+
+    Raises:
+        CollectionError: the experiment names classes that the dataset does not have, or leaves some out.
+    """
+    dataset = _dataset_of(experiment, training, found)
+    stated = dataset.tolerance
+    if stated is None:
+        stated = min(read_json(found.plans_file(training.plans))["original_median_spacing_after_transp"])
+    if isinstance(stated, dict):
+        if set(stated) != set(found.labels):
+            raise CollectionError(
+                f"the tolerances of {found.name} are for {sorted(stated)}; it has the classes {sorted(found.labels)}."
+            )
+        return dict(stated)
+    return dict.fromkeys(found.labels, float(stated))
+
+
+def _dataset_of(experiment: Experiment, training: Training, found: DatasetFolders) -> Dataset:
+    number = int(found.name[len("Dataset") :][:3])
+    return next(
+        dataset
+        for dataset in experiment.datasets
+        if dataset.id in (number, found.name) and dataset.configuration == training.configuration
+    )
+
+
+def _score(experiment: Experiment, training: Training, found: DatasetFolders, summary: Path, file: Path) -> None:
+    if file.exists():
+        return
+    names = {value: name for name, value in found.labels.items()}
+    by_name = tolerances(experiment, training, found)
+    table = score_folder(
+        summary,
+        reader=PlansManager(str(found.plans_file(training.plans))).image_reader_writer_class(),
+        file_ending=found.file_ending,
+        tolerances={value: by_name[name] for value, name in names.items()},
+        ignore_label=found.ignore_label,
+        processes=experiment.resources.processes,
+    )
+    table["label"] = [names[value] for value in table["label"]]
+    # repr keeps every bit, so equal predictions give equal bytes
+    write_text(file, table.to_csv(index=False))
+
+
+def score_training(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
+    """Write the scores of a finished training's validation cases, if they are not there."""
+    _score(experiment, training, found, training.summary(folders.results), scores_file(training, folders))
+
+
+def _test_scores_file(training: Training, folders: Folders) -> Path:
+    return folders.output / "scores" / f"{training.key}_test.csv"
+
+
+def score_test(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
+    """Write the scores of an arm's test predictions, if they are not there."""
+    summary = test_folder(training, folders) / "summary.json"
+    _score(experiment, training, found, summary, _test_scores_file(training, folders))
+
+
+def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
+    """All scores of the experiment so far.
+
+    Raises:
+        CollectionError: scores do not fit together; every fault is named.
+        TrainingError: trainings from other folds or plans.
+    """
+    out_of_fold, test, faults = [], [], []
+    missing: dict[Training, str] = {}
+    datasets: dict[str, DatasetFolders] = {}
+    patients_by_dataset: dict[str, dict[str, str]] = {}
+    for dataset in experiment.datasets:
+        found = find_dataset(dataset, folders)
+        datasets[found.name] = found
+        patients_by_dataset[found.name] = patients_of(dataset, found, file) or {case: case for case in found.cases}
+    for training in list_trainings(experiment, folders):
+        found = datasets[training.dataset]
+        if not found.splits_file.exists() or not found.plans_file(training.plans).exists():
+            missing[training] = "the dataset is not prepared"
+            continue
+        if not is_done(training, found, folders):
+            record = read_record(training, folders)
+            started = "started, not finished" if record else "not started"
+            missing[training] = f"failed: {record.failed}" if record and record.failed else started
+            continue
+        scores = scores_file(training, folders)
+        if not scores.exists():
+            missing[training] = "trained, not scored"
+            continue
+        table = pd.read_csv(scores, float_precision="round_trip", dtype={"case": str, "label": str})
+        expected = read_json(found.splits_file)[training.fold]["val"]
+        faults += check_scores(table, expected, tuple(found.labels), str(training))
+        patients = patients_by_dataset[training.dataset]
+        out_of_fold.append(_described(table, training, training.fold).assign(patient=table["case"].map(patients)))
+        if _test_scores_file(training, folders).exists():
+            of_test = pd.read_csv(
+                _test_scores_file(training, folders), float_precision="round_trip", dtype={"case": str, "label": str}
+            )
+            test.append(_described(of_test, training, -1).assign(patient=of_test["case"]))
+    if faults:
+        raise CollectionError("\n".join(faults))
+    empty = pd.DataFrame(columns=list(COLUMNS))
+    return Collected(
+        cases=pd.concat(out_of_fold, ignore_index=True)[list(COLUMNS)] if out_of_fold else empty,
+        test=pd.concat(test, ignore_index=True)[list(COLUMNS)] if test else empty,
+        missing=missing,
+    )
+
+
+def _described(table: pd.DataFrame, training: Training, fold: int) -> pd.DataFrame:
+    return table.assign(
+        dataset=training.dataset,
+        configuration=training.configuration,
+        arm=training.arm,
+        seed=training.seed,
+        fold=fold,
+    )
+
+
+def check_scores(table: pd.DataFrame, cases: Sequence[str], labels: Sequence[str], what: str) -> list[str]:
+    """Faults of one training's scores, one sentence each.
+
+    Args:
+        table: columns case, label, the metrics, voxels_truth, voxels_prediction.
+        cases: the fold's validation cases.
+        labels: the dataset's classes.
+        what: the training, in words.
+    """
+    faults = []
+    if lacking := sorted(set(cases) - set(table["case"])):
+        faults.append(f"{what}: no scores of {lacking}.")
+    if foreign := sorted(set(table["case"]) - set(cases)):
+        faults.append(f"{what}: scores of {foreign}, which are not among the fold's validation cases.")
+    twice = table[table.duplicated(["case", "label"])]
+    if len(twice):
+        faults.append(f"{what}: the case {twice['case'].iloc[0]!r} is scored twice ({twice['label'].iloc[0]}).")
+    found = set(table["label"])
+    if found != set(labels):
+        faults.append(f"{what}: scores of the classes {sorted(found)}; the dataset has {sorted(labels)}.")
+    present = (table["voxels_truth"] + table["voxels_prediction"]) > 0
+    for name in METRICS:
+        wrong = table[present != np.isfinite(table[name])]
+        if len(wrong):
+            row = wrong.iloc[0]
+            faults.append(f"{what}: {name} of {row['label']} in {row['case']!r} is {row[name]}.")
+    return faults

@@ -1,0 +1,399 @@
+"""Puts the report together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_deform import __version__
+from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis, MetricAnalysis, analyse, few_seeds
+from nnunet_deform.comparison.collect import Collected, collect
+from nnunet_deform.comparison.cost import Cost, read_cost
+from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
+from nnunet_deform.comparison.files import read_json, write_text
+from nnunet_deform.comparison.metrics import METRICS, Metric
+from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset
+from nnunet_deform.comparison.report import figures
+from nnunet_deform.comparison.statistics import REQUIRED_SEEDS, bca_interval, bootstrap_means, patient_sums
+from nnunet_deform.comparison.trainings import Record, Training, list_trainings, now, read_record
+
+
+def build_report(file: Path, declaration: Mapping[str, Any]) -> Path:
+    """Collect what the experiment has so far, and write ``report/`` into its output folder.
+
+    Args:
+        file: the experiment.
+        declaration: what the experiment declares now; compared with what its first run declared.
+
+    Returns:
+        The HTML page.
+
+    Raises:
+        ExperimentError, PreparationError, SplitError, TrainingError, CollectionError: see there.
+    """
+    experiment = load_experiment(file)
+    folders = find_folders(experiment, file)
+    collected = collect(experiment, folders, file.resolve())
+    analysis = analyse(experiment, collected.cases, incomplete_arms(experiment, collected))
+    folder = folders.output / "report"
+    write_tables(folder, analysis, collected)
+    write_text(folder / "report.html", _render(experiment, file, folders, collected, analysis, declaration))
+    return folder / "report.html"
+
+
+def incomplete_arms(experiment: Experiment, collected: Collected) -> dict[tuple[str, str, str], str]:
+    """Why an arm cannot be compared, by (dataset, configuration, arm): folds of the first seed without scores."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for training, why in collected.missing.items():
+        if training.seed == experiment.seeds.first:
+            key = (training.dataset, training.configuration, training.arm)
+            reasons.setdefault(key, []).append(f"fold {training.fold} {why}")
+    return {key: "; ".join(whys) for key, whys in reasons.items()}
+
+
+def write_tables(folder: Path, analysis: Analysis, collected: Collected) -> None:
+    """cases.parquet and .csv, arms.csv and .tex, contrasts.csv, hypotheses.csv and .tex, in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = pd.concat([collected.cases.assign(set="out of fold"), collected.test.assign(set="test")])
+    everything.to_parquet(folder / "cases.parquet", index=False)
+    everything.to_csv(folder / "cases.csv", index=False)
+    arms = pd.DataFrame([row for dataset in analysis.datasets for row in _arm_rows(dataset)])
+    arms.to_csv(folder / "arms.csv", index=False)
+    contrasts = pd.DataFrame([row for dataset in analysis.datasets for row in _contrast_rows(dataset)])
+    contrasts.to_csv(folder / "contrasts.csv", index=False)
+    hypotheses = pd.DataFrame(
+        [
+            {
+                "dataset": hypothesis.dataset,
+                "configuration": hypothesis.configuration,
+                "first": hypothesis.first,
+                "second": hypothesis.second,
+                "verdict": hypothesis.verdict.kind,
+                "winner": hypothesis.verdict.winner or "",
+                "sentence": hypothesis.verdict.sentence,
+            }
+            for hypothesis in analysis.hypotheses
+        ]
+    )
+    hypotheses.to_csv(folder / "hypotheses.csv", index=False)
+    _write_latex(folder / "arms.tex", _latex_arms(analysis))
+    _write_latex(folder / "hypotheses.tex", hypotheses[["dataset", "first", "second", "verdict"]])
+
+
+def _write_latex(file: Path, table: pd.DataFrame) -> None:
+    write_text(file, table.to_latex(index=False, escape=True))
+
+
+def _arm_rows(dataset: DatasetAnalysis) -> list[dict[str, Any]]:
+    rows = []
+    for name, metric in dataset.metrics.items():
+        for position, arm in enumerate(dataset.arms):
+            classes = dict(
+                zip((f"mean of {label}" for label in dataset.labels), metric.by_class[position], strict=True)
+            )
+            rows.append(
+                {
+                    "dataset": dataset.dataset,
+                    "configuration": dataset.configuration,
+                    "arm": arm,
+                    "metric": name,
+                    "mean": metric.means[position],
+                    "low": metric.intervals[0, position],
+                    "high": metric.intervals[1, position],
+                    "cells without score": metric.no_score[position],
+                    **classes,
+                }
+            )
+    return rows
+
+
+def _contrast_rows(dataset: DatasetAnalysis) -> list[dict[str, Any]]:
+    rows = []
+    for metric in dataset.metrics.values():
+        for label, contrasts in [("all", metric.contrasts), *metric.by_class_contrasts.items()]:
+            for c in contrasts:
+                rows.append(
+                    {
+                        "dataset": dataset.dataset,
+                        "configuration": dataset.configuration,
+                        "class": label,
+                        "metric": c.metric,
+                        "first": c.first,
+                        "second": c.second,
+                        "cases": c.cases,
+                        "patients": c.patients,
+                        "mean difference": c.mean,
+                        "median difference": c.median,
+                        "low": c.interval[0],
+                        "high": c.interval[1],
+                        "p": c.p,
+                        "p Holm over pairs": c.p_holm,
+                        "rank-biserial": c.rank_biserial,
+                        "smallest detectable": c.detectable,
+                        "absent, drawn by one": c.one_sided_absent,
+                    }
+                )
+    return rows
+
+
+def _latex_arms(analysis: Analysis) -> pd.DataFrame:
+    rows = []
+    for dataset in analysis.datasets:
+        for position, arm in enumerate(dataset.arms):
+            row = {"dataset": dataset.dataset, "arm": arm}
+            for name, metric in dataset.metrics.items():
+                row[name] = _with_interval(metric, position)
+            rows.append(row)
+    return pd.DataFrame(rows, columns=["dataset", "arm", *METRICS])
+
+
+def _with_interval(metric: MetricAnalysis, position: int) -> str:
+    number = _number(metric.metric)
+    low, high = metric.intervals[:, position]
+    return f"{number(metric.means[position])} [{number(low)}, {number(high)}]"
+
+
+def _number(metric: Metric, sign: str = "") -> Callable[[float], str]:
+    return lambda value: "-" if math.isnan(value) else f"{value:{sign}.{metric.decimals}f}"
+
+
+def _render(
+    experiment: Experiment,
+    file: Path,
+    folders: Folders,
+    collected: Collected,
+    analysis: Analysis,
+    declaration: Mapping[str, Any],
+) -> str:
+    trainings = list_trainings(experiment, folders)
+    records = {training: read_record(training, folders) for training in trainings}
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = environment.from_string(
+        files("nnunet_deform.comparison.report").joinpath("template.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        name=experiment.name,
+        date=now(),
+        version=__version__,
+        summary=analysis.summary,
+        cautions=_cautions(experiment, folders, collected, analysis, declaration),
+        hypotheses=analysis.hypotheses,
+        experiment=experiment,
+        experiment_text=file.read_text(encoding="utf-8"),
+        required_seeds=REQUIRED_SEEDS,
+        datasets=[
+            _dataset_section(experiment, dataset, number, collected, trainings, folders)
+            for number, dataset in enumerate(analysis.datasets)
+        ],
+        provenance=_provenance(records),
+        commands=[command for record in records.values() if record for command in record.commands],
+    )
+
+
+def _cautions(
+    experiment: Experiment,
+    folders: Folders,
+    collected: Collected,
+    analysis: Analysis,
+    declaration: Mapping[str, Any],
+) -> list[str]:
+    """What a reader must know before the figures."""
+    found = []
+    declared = folders.output / "declared.json"
+    if declared.exists():
+        then = read_json(declared)
+        date = then.pop("date")
+        if then == dict(declaration):
+            found.append(f"The hypotheses were declared on {date}, before the first training.")
+        else:
+            found.append(
+                f"The hypotheses were CHANGED after the first run, which declared on {date}: {then}. What is decided "
+                "below was not decided in advance."
+            )
+    for training, why in collected.missing.items():
+        found.append(f"No scores of {training}: {why}.")
+    for dataset in analysis.datasets:
+        for arm, why in dataset.incomplete.items():
+            found.append(f"{arm} is left out of all statistics on {dataset.dataset}: {why}.")
+        if few := few_seeds(dataset):
+            found.append(
+                f"{dataset.dataset}: {', '.join(few)} {'has' if len(few) == 1 else 'have'} fewer than {REQUIRED_SEEDS} "
+                "seeds, so nothing is decided about them: how much their trainings differ by chance is not known."
+            )
+        if dataset.metrics:
+            noise = dataset.metrics[experiment.primary].noise
+            if not math.isnan(noise.ratio) and noise.ratio < 1:
+                found.append(
+                    f"{dataset.dataset} cannot tell these methods apart: their SD is {noise.inter:.4f}, that of one "
+                    f"method's seeds {noise.intra:.4f}."
+                )
+    found.append(
+        "Out-of-fold scores of different folds come from trainings that share most of their cases; tests and intervals "
+        "count patients as independent, as is usual, and say nothing about other datasets."
+    )
+    return found
+
+
+def _dataset_section(
+    experiment: Experiment,
+    dataset: DatasetAnalysis,
+    number: int,
+    collected: Collected,
+    trainings: list[Training],
+    folders: Folders,
+) -> dict[str, Any]:
+    mine = [t for t in trainings if (t.dataset, t.configuration) == (dataset.dataset, dataset.configuration)]
+    of_arm = {
+        training.arm: training
+        for training in reversed(mine)
+        if training.seed == experiment.seeds.first and training.fold == experiment.folds[0]
+    }
+    costs = {arm: cost for arm, training in of_arm.items() if (cost := read_cost(training, folders)) is not None}
+    section: dict[str, Any] = {
+        "analysis": dataset,
+        "title": f"{dataset.dataset}, {dataset.configuration}",
+        "metrics": [],
+        "costs": [(arm, _cost_cells(costs[arm])) for arm in of_arm if arm in costs],
+        "test": _test_rows(experiment, dataset, collected.test),
+    }
+    curves = {
+        arm: [curve for t in mine if t.arm == arm and (curve := figures.read_curve(t.folder(folders.results)))[0]]
+        for arm in of_arm
+    }
+    arms = [arm.name for arm in experiment.arms]
+    if any(curves.values()):
+        section["curves"] = figures.learning_curves(arms, curves, f"curves{number}")
+    if not dataset.arms:
+        return section
+    primary = dataset.metrics[experiment.primary]
+    section["primary"] = primary
+    for name, metric in dataset.metrics.items():
+        prefix = f"{name}{number}"
+        is_primary = name == experiment.primary
+        section["metrics"].append(
+            {
+                "metric": metric,
+                "number": _number(metric.metric),
+                "signed": _number(metric.metric, "+"),
+                "with_interval": [_with_interval(metric, position) for position in range(len(dataset.arms))],
+                "distributions": figures.distributions(dataset, metric, f"distributions-{prefix}"),
+                "differences": figures.paired_differences(
+                    dataset,
+                    metric,
+                    experiment.hypotheses,
+                    experiment.statistics.band if is_primary else None,
+                    f"differences-{prefix}",
+                ),
+            }
+        )
+    if primary.ranking is not None:
+        section["ranking"] = figures.ranking_stability(dataset.arms, primary.ranking, f"ranking-{number}")
+    if set(costs) & set(dataset.arms):
+        section["pareto"] = figures.pareto(dataset, primary, costs, f"pareto-{number}")
+    section["overlays"] = _overlays(dataset, primary, of_arm, folders, experiment)
+    return section
+
+
+def _cost_cells(cost: Cost) -> list[str]:
+    return [
+        f"{cost.parameters / 1e6:.3f}",
+        f"{cost.macs / 1e9:.2f}",
+        f"{cost.peak_bytes / 1e9:.2f}",
+        f"{cost.seconds_per_iteration:.3g}",
+        f"{cost.seconds_per_case:.3g}",
+    ]
+
+
+def _test_rows(
+    experiment: Experiment, dataset: DatasetAnalysis, test: pd.DataFrame
+) -> list[tuple[str, int, list[str]]]:
+    """Arm, number of cases, and each metric's mean with its interval."""
+    table = test[(test["dataset"] == dataset.dataset) & (test["configuration"] == dataset.configuration)]
+    rows = []
+    for arm in dict.fromkeys(table["arm"]):
+        of_cases = table[table["arm"] == arm].groupby("case")[list(METRICS)].mean()
+        sums, counts = patient_sums(of_cases.to_numpy(dtype=float), list(of_cases.index))
+        rng = np.random.default_rng(experiment.statistics.seed)
+        low, high = bca_interval(sums, counts, bootstrap_means(sums, counts, experiment.statistics.draws, rng))
+        cells = []
+        for position, (name, metric) in enumerate(METRICS.items()):
+            number = _number(metric)
+            cells.append(f"{number(of_cases[name].mean())} [{number(low[position])}, {number(high[position])}]")
+        rows.append((arm, len(of_cases), cells))
+    return rows
+
+
+def _overlays(
+    dataset: DatasetAnalysis,
+    primary: MetricAnalysis,
+    of_arm: dict[str, Training],
+    folders: Folders,
+    experiment: Experiment,
+) -> list[dict[str, Any]]:
+    """The worst and the median case by the arms' mean score, one slice of each arm's prediction."""
+    found = _found(dataset, folders, experiment)
+    mean = np.nanmean(primary.scores, axis=0)
+    order = [int(i) for i in np.argsort(mean if primary.metric.higher_is_better else -mean) if not np.isnan(mean[i])]
+    fold_of = {
+        case: fold
+        for fold, split in enumerate(read_json(found.splits_file))
+        for case in split["val"]
+        if fold in experiment.folds
+    }
+    rows = []
+    for title, position in (("worst", order[0]), ("median", order[len(order) // 2])):
+        case = dataset.cases[position]
+        pictures = []
+        for index, arm in enumerate(dataset.arms):
+            training = of_arm[arm]
+            folder = training.model_folder(folders.results) / f"fold_{fold_of[case]}" / "validation"
+            pictures.append(
+                {
+                    "arm": arm,
+                    "score": _number(primary.metric)(primary.scores[index, position]),
+                    "url": _picture(found, training, case, folder),
+                }
+            )
+        rows.append({"title": title, "case": case, "pictures": pictures})
+    return rows
+
+
+def _found(dataset: DatasetAnalysis, folders: Folders, experiment: Experiment) -> DatasetFolders:
+    candidates = (find_dataset(listed, folders) for listed in experiment.datasets)
+    return next(found for found in candidates if found.name == dataset.dataset)
+
+
+def _picture(found: DatasetFolders, training: Training, case: str, predictions: Path) -> str:
+    reader = PlansManager(str(found.plans_file(training.plans))).image_reader_writer_class()
+    ending = found.file_ending
+    channel = found.raw / "imagesTr" / f"{case}_0000{ending}"
+    if not channel.exists():  # a dataset that lists its files elsewhere
+        channel = Path(read_json(found.raw / "dataset.json")["dataset"][case]["images"][0])
+    image, properties = reader.read_images([str(channel)])
+    truth, _ = reader.read_seg(str(found.raw / "labelsTr" / f"{case}{ending}"))
+    prediction, _ = reader.read_seg(str(predictions / f"{case}{ending}"))
+    wanted = truth[0] > 0 if found.ignore_label is None else (truth[0] > 0) & (truth[0] != found.ignore_label)
+    slice_index = int(wanted.sum(axis=(1, 2)).argmax()) if wanted.any() else truth.shape[1] // 2
+    labels = sorted({v for value in found.labels.values() for v in ([value] if isinstance(value, int) else value)})
+    spacing = properties["spacing"][1:]
+    return figures.overlay(image[0, slice_index], truth[0, slice_index], prediction[0, slice_index], labels, spacing)
+
+
+def _provenance(records: Mapping[Training, Record | None]) -> list[dict[str, Any]]:
+    """What trainings were made from: one row for all that agree."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for training, record in records.items():
+        if record is not None:
+            versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
+            key = (training.dataset, training.plans, record.splits, record.plans, record.dataset, versions)
+            rows.setdefault((*key, record.machine), []).append(str(training))
+    names = ("dataset", "plans", "splits_hash", "plans_hash", "dataset_hash", "versions", "machine")
+    return [{**dict(zip(names, key, strict=True)), "count": len(trained)} for key, trained in rows.items()]

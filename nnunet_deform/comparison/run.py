@@ -1,0 +1,365 @@
+"""Runs an experiment with nnU-Net's own commands, and goes on where an earlier run stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from nnunet_deform import activation
+from nnunet_deform.commands import Interrupts, describe_exit, last_lines, run_command
+from nnunet_deform.comparison.collect import score_test, score_training, test_folder
+from nnunet_deform.comparison.cost import costs_file
+from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
+from nnunet_deform.comparison.files import read_json, write_json
+from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, prepare_dataset
+from nnunet_deform.comparison.trainings import (
+    Training,
+    begin,
+    fail,
+    finish,
+    has_complete_summary,
+    is_done,
+    list_trainings,
+    now,
+    read_record,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class RunError(RuntimeError):
+    """The experiment cannot run, or something in it failed; the message is for the user."""
+
+
+def _ignore(_line: str) -> None:
+    pass
+
+
+class Comparison:
+    """An experiment file with its folders, and the commands that it needs."""
+
+    def __init__(self, file: Path, console: Console, interrupts: Interrupts) -> None:
+        """
+        Raises:
+            ExperimentError, PreparationError: see there.
+        """
+        self.file = file.resolve()
+        self.experiment: Experiment = load_experiment(file)
+        self.folders: Folders = find_folders(self.experiment, file)
+        self.trainings = list_trainings(self.experiment, self.folders)
+        self._listed = [(dataset, find_dataset(dataset, self.folders)) for dataset in self.experiment.datasets]
+        self.datasets: dict[str, DatasetFolders] = {found.name: found for _, found in self._listed}
+        self._console = console
+        self._interrupts = interrupts
+        self._progress: Progress | None = None
+
+    def _environment(self) -> dict[str, str]:
+        resources = self.experiment.resources
+        ours = activation.extension_folder()
+        paths = [path for path in os.environ.get(activation.VARIABLE, "").split(os.pathsep) if path and path != ours]
+        environment = {
+            **os.environ,
+            "nnUNet_raw": str(self.folders.raw),
+            "nnUNet_preprocessed": str(self.folders.preprocessed),
+            "nnUNet_results": str(self.folders.results),
+            activation.VARIABLE: os.pathsep.join([*paths, ours]),
+            "nnUNet_def_n_proc": str(resources.processes),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.experiment.device == "cpu":
+            # Waiting OpenMP threads would otherwise spin for milliseconds and starve other programs.
+            environment.setdefault("GOMP_SPINCOUNT", "20000")
+        return environment
+
+    def _command(
+        self, argv: list[str], log: Path, on_line: Callable[[str], None] = _ignore, **environment: str
+    ) -> None:
+        """Run one of nnU-Net's commands.
+
+        Raises:
+            RunError: it failed; its end has been printed.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._console.print(f"$ {shlex.join(argv)}", style="cyan", markup=False, highlight=False, soft_wrap=True)
+        code = run_command(
+            argv,
+            log=log,
+            cwd=self.folders.output,
+            environment=self._environment() | environment,
+            interrupts=self._interrupts,
+            on_line=on_line,
+        )
+        if code != 0:
+            self._console.print(f"The last lines of {log}:", markup=False, soft_wrap=True)
+            self._console.print(Text(last_lines(log)))
+            raise RunError(f"{argv[0]} ended {describe_exit(code)}; its whole output is in {log}")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """
+        Raises:
+            RunError: another process runs this experiment.
+        """
+        self.folders.output.mkdir(parents=True, exist_ok=True)
+        with (self.folders.output / ".lock").open("w") as lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RunError(
+                        f"another process runs this experiment in {self.folders.output}; wait for it or end it."
+                    ) from None
+            yield
+
+    def prepare(self) -> None:
+        """Declare the hypotheses, plan, preprocess, make folds.
+
+        Raises:
+            RunError, PreparationError, SplitError, TrainingError: see there.
+        """
+        self.folders.output.mkdir(parents=True, exist_ok=True)
+        self._declare()
+        logs = self.folders.output / "logs"
+        for dataset, found in self._listed:
+
+            def run(argv: list[str], name: str = found.name) -> None:
+                words = "_".join(part for part in argv if not part.startswith("-"))
+                # Planning crashes where nnU-Net is told to use no worker.
+                self._command(argv, logs / name / f"{words}.log", nnUNet_n_proc_DA="1")
+
+            prepare_dataset(self.experiment, dataset, self.folders, self.file, run)
+
+    def _declare(self) -> None:
+        """Keep what the first run declared, so that a report can tell when it was changed afterwards."""
+        file = self.folders.output / "declared.json"
+        if not file.exists():
+            write_json(file, {"date": now(), **declaration(self.experiment)})
+
+    def validation_cases(self, training: Training) -> list[str]:
+        return read_json(self.datasets[training.dataset].splits_file)[training.fold]["val"]
+
+    def is_done(self, training: Training) -> bool:
+        """
+        Raises:
+            TrainingError: see :func:`nnunet_deform.comparison.trainings.is_done`.
+        """
+        return is_done(training, self.datasets[training.dataset], self.folders)
+
+    def train(self, training: Training, on_line: Callable[[str], None] = _ignore) -> None:
+        """Train and validate one fold, from where it stopped, and score its predictions.
+
+        Raises:
+            RunError: the training failed; its record says how.
+            TrainingError: see :func:`nnunet_deform.comparison.trainings.is_done`.
+        """
+        found = self.datasets[training.dataset]
+        if not self.is_done(training):
+            command = training.command(self.folders.results, self.experiment.device)
+            record = begin(training, found, self.folders, command, self.experiment.device)
+            started = time.monotonic()
+            cases = self.validation_cases(training)
+            # Killed between the end of the validation and our note of it, there is nothing left to do.
+            if not has_complete_summary(training, self.folders.results, cases, found.file_ending):
+                workers = self.experiment.resources.augmentation
+                log = self.folders.output / "logs" / f"{training.key}_{len(record.commands)}.log"
+                try:
+                    self._command(
+                        command, log, on_line, **({} if workers is None else {"nnUNet_n_proc_DA": str(workers)})
+                    )
+                except BaseException as error:
+                    how = str(error) if isinstance(error, RunError) else None
+                    fail(training, self.folders, record, time.monotonic() - started, how)
+                    raise
+                if not has_complete_summary(training, self.folders.results, cases, found.file_ending):
+                    how = f"nnUNetv2_train ended well, but not every case of the fold was predicted; see {log}"
+                    fail(training, self.folders, record, time.monotonic() - started, how)
+                    raise RunError(how)
+            finish(training, self.folders, record, time.monotonic() - started)
+        score_training(self.experiment, training, found, self.folders)
+
+    def predict_test(self) -> None:
+        """Predict and score imagesTs with the ensemble of the folds, where the experiment asks for it.
+
+        Raises:
+            RunError: a command failed.
+        """
+        for dataset, found in self._listed:
+            for training in self._one_of_each_arm() if dataset.test else ():
+                same_data = (training.dataset, training.configuration) == (found.name, dataset.configuration)
+                if same_data and all(self.is_done(t) for t in self.trainings if _same_model(t, training)):
+                    self._predict_test_of(training, found)
+
+    def _one_of_each_arm(self) -> list[Training]:
+        seed, fold = self.experiment.seeds.first, self.experiment.folds[0]
+        return [training for training in self.trainings if (training.seed, training.fold) == (seed, fold)]
+
+    def _predict_test_of(self, training: Training, found: DatasetFolders) -> None:
+        experiment, folder = self.experiment, test_folder(training, self.folders)
+        if not (folder / "summary.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            processes = str(experiment.resources.processes)
+            predict = ["nnUNetv2_predict", "-d", training.dataset, "-i", str(found.raw / "imagesTs"), "-o", str(folder)]
+            predict += ["-c", training.configuration, "-tr", training.trainer, "-p", training.plans]
+            predict += ["-f", *(str(fold) for fold in experiment.folds), "-device", experiment.device]
+            predict += ["-npp", processes, "-nps", processes]
+            predict += [] if experiment.mirroring else ["--disable_tta"]
+            evaluate = ["nnUNetv2_evaluate_folder", str(found.raw / "labelsTs"), str(folder), "-np", processes]
+            evaluate += ["-djfile", str(folder / "dataset.json"), "-pfile", str(folder / "plans.json")]
+            evaluate += ["-o", str(folder / "summary.json")]
+            for command in (predict, evaluate):
+                self._command(command, self.folders.output / "logs" / f"{training.key}_test_{command[0]}.log")
+        score_test(experiment, training, found, self.folders)
+
+    def measure_costs(self) -> None:
+        """Measure each arm once, in a process of its own.
+
+        Raises:
+            RunError: a measurement failed.
+        """
+        for training in self._one_of_each_arm():
+            file = costs_file(training, self.folders)
+            done = read_record(training, self.folders)
+            if not file.exists() and done is not None and done.finished is not None:
+                arguments = [training.dataset, training.configuration, str(training.fold), training.trainer]
+                arguments += [training.plans, self.experiment.device, str(self.experiment.mirroring), str(file)]
+                command = [sys.executable, "-m", "nnunet_deform.comparison.cost", *arguments]
+                self._command(command, self.folders.output / "logs" / f"{training.key}_cost.log")
+
+    def run(self) -> list[str]:
+        """Everything but the report; goes on with the other trainings when one fails.
+
+        Returns:
+            What failed, one sentence each.
+        """
+        self.prepare()
+        failures: list[str] = []
+        # Before any time is spent: results that may not be mixed are refused.
+        todo = [training for training in self.trainings if not self.is_done(training)]
+        self._console.print(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them done.")
+        with self._showing(todo) as clock:
+            for training in self.trainings:
+                if training not in todo:
+                    self.train(training)  # scores it, if that is still missing
+                    continue
+                clock.start(training)
+                try:
+                    self.train(training, clock.read)
+                except RunError as error:
+                    failures.append(f"{training}: {error}")
+                clock.stop()
+        self.predict_test()
+        self.measure_costs()
+        return failures
+
+    @contextmanager
+    def _showing(self, todo: list[Training]) -> Iterator[_Clock]:
+        description = TextColumn("{task.description}", markup=False)
+        columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        known: dict[str, list[float]] = {}
+        for training in self.trainings:
+            record = read_record(training, self.folders)
+            if record and record.finished and record.seconds:
+                known.setdefault(training.arm, []).append(record.seconds)
+        with live as progress:
+            yield _Clock(todo, known, self.experiment.budget.epochs, progress, self._console)
+
+
+class _Clock:
+    """How far the trainings are, and how long the rest will take."""
+
+    def __init__(
+        self,
+        todo: list[Training],
+        known: dict[str, list[float]],
+        epochs: int | None,
+        progress: Progress,
+        console: Console,
+    ) -> None:
+        self._todo = todo
+        self._known = known
+        self._epochs = epochs
+        self._progress = progress
+        self._console = console
+        self._position = 0
+        self._started = time.monotonic()
+        self._all = progress.add_task("trainings", total=len(todo))
+        self._one = progress.add_task("starting", total=epochs)
+
+    def start(self, training: Training) -> None:
+        self._started = time.monotonic()
+        self._progress.reset(self._one, description=str(training), total=self._epochs)
+
+    def read(self, line: str) -> None:
+        # A courtesy: if nnU-Net words its output differently one day, only the bar stands still.
+        if epoch := re.search(r"\bEpoch (\d+)\s*$", line):
+            self._progress.update(self._one, completed=int(epoch[1]))
+            self._show_rest(self._fraction(int(epoch[1])))
+
+    def _fraction(self, epoch: int) -> float:
+        return 0.0 if self._epochs is None else epoch / self._epochs
+
+    def stop(self) -> None:
+        training = self._todo[self._position]
+        seconds = time.monotonic() - self._started
+        self._known.setdefault(training.arm, []).append(seconds)
+        self._position += 1
+        self._progress.update(self._all, completed=self._position)
+        rest = format_seconds(self.remaining(0.0))
+        self._console.print(
+            f"{self._position} of {len(self._todo)}: {training}, {format_seconds(seconds)}; about {rest} left"
+        )
+
+    def remaining(self, fraction: float) -> float:
+        """Seconds; a training takes what others of its arm took, or the mean of all; ``fraction`` of one is done."""
+        every = [seconds for times in self._known.values() for seconds in times]
+        total = 0.0
+        for offset, training in enumerate(self._todo[self._position :]):
+            times = self._known.get(training.arm, every)
+            if not times and offset == 0 and fraction > 0:
+                times = every = [(time.monotonic() - self._started) / fraction]
+            if times:
+                total += sum(times) / len(times) * (1 - (fraction if offset == 0 else 0))
+        return total
+
+    def _show_rest(self, fraction: float) -> None:
+        rest = self.remaining(fraction)
+        if rest:
+            self._progress.update(self._all, description=f"trainings, about {format_seconds(rest)} left")
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def declaration(experiment: Experiment) -> dict[str, object]:
+    """What must be decided before the results are seen."""
+    return {
+        "primary": experiment.primary,
+        "hypotheses": [list(pair) for pair in experiment.hypotheses],
+        "alpha": experiment.statistics.alpha,
+        "band": experiment.statistics.band,
+    }
+
+
+def _same_model(first: Training, second: Training) -> bool:
+    return (first.dataset, first.configuration, first.arm, first.seed) == (
+        *(second.dataset, second.configuration),
+        *(second.arm, second.seed),
+    )

@@ -1,0 +1,221 @@
+"""The trainings of an experiment: where each lies, how far it is, and what it was made from."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from nnunet_deform.comparison.experiment import Experiment, Folders
+from nnunet_deform.comparison.files import fingerprint, read_json, write_json
+from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, plans_name
+
+PACKAGES = ("nnunet-deform", "nnunetv2", "torch", "dynamic-network-architectures", "numpy", "monai")
+
+
+class TrainingError(RuntimeError):
+    """Results that may not be mixed: other folds, other plans, or another hand's training."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of nnUNetv2_train. trainer and plans are the full names nnU-Net is given."""
+
+    dataset: str
+    configuration: str
+    arm: str
+    trainer: str
+    plans: str
+    seed: int
+    fold: int
+
+    @property
+    def key(self) -> str:
+        """Names its record, log and scores; unique in an experiment."""
+        return f"{self.dataset}-{self.configuration}/{self.arm}_seed{self.seed}_fold{self.fold}"
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.seed}, fold {self.fold} of {self.dataset} ({self.configuration})"
+
+    def model_folder(self, results: Path) -> Path:
+        return results / self.dataset / f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    def folder(self, results: Path) -> Path:
+        return self.model_folder(results) / f"fold_{self.fold}"
+
+    def summary(self, results: Path) -> Path:
+        return self.folder(results) / "validation" / "summary.json"
+
+    def command(self, results: Path, device: str) -> list[str]:
+        """nnUNetv2_train, from where an earlier run stopped."""
+        arguments = ["nnUNetv2_train", self.dataset, self.configuration, str(self.fold)]
+        arguments += ["-tr", self.trainer, "-p", self.plans, "-device", device]
+        folder = self.folder(results)
+        if (folder / "checkpoint_final.pth").exists():
+            # Continuing a finished training would write its checkpoint anew.
+            return [*arguments, "--val"]
+        return [*arguments, "--c"] if list(folder.glob("checkpoint_*.pth")) else arguments
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a training was made from; one JSON file in the experiment's ``records``.
+
+    splits, plans, dataset: fingerprints of splits_final.json, the plans file and dataset.json; seconds: of all its runs
+    together, validation included; finished: when its validation was complete; failed: how its last run ended, if badly;
+    summary, checkpoint: fingerprints of what it left.
+    """
+
+    splits: str
+    plans: str
+    dataset: str
+    versions: dict[str, str]
+    machine: str
+    commands: tuple[str, ...] = ()
+    started: str = ""
+    finished: str | None = None
+    failed: str | None = None
+    seconds: float = 0.0
+    summary: str | None = None
+    checkpoint: str | None = None
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def list_trainings(experiment: Experiment, folders: Folders) -> list[Training]:
+    """All trainings of the experiment, in the order in which they run.
+
+    Raises:
+        PreparationError: a dataset is not found.
+    """
+    names = {dataset: find_dataset(dataset, folders).name for dataset in experiment.datasets}
+    return [
+        Training(
+            dataset=names[dataset],
+            configuration=dataset.configuration,
+            arm=arm.name,
+            trainer=experiment.trainer_name(arm, seed),
+            plans=plans_name(arm, dataset),
+            seed=seed,
+            fold=fold,
+        )
+        for dataset, arm, seed, fold in experiment.trainings()
+    ]
+
+
+def record_file(training: Training, folders: Folders) -> Path:
+    return folders.output / "records" / f"{training.key}.json"
+
+
+def read_record(training: Training, folders: Folders) -> Record | None:
+    file = record_file(training, folders)
+    if not file.exists():
+        return None
+    content = read_json(file)
+    return Record(**{**content, "commands": tuple(content["commands"])})
+
+
+def write_record(training: Training, folders: Folders, record: Record) -> None:
+    write_json(record_file(training, folders), asdict(record))
+
+
+def _describe_machine(device: str) -> str:
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].strip() if names else model
+    return f"{model}, {platform.system()}"
+
+
+def current_record(training: Training, found: DatasetFolders, device: str) -> Record:
+    """What the training would be made from now."""
+    return Record(
+        splits=fingerprint(found.splits_file),
+        plans=fingerprint(found.plans_file(training.plans)),
+        dataset=fingerprint(found.preprocessed / "dataset.json"),
+        versions={**{name: version(name) for name in PACKAGES}, "python": platform.python_version()},
+        machine=_describe_machine(device),
+    )
+
+
+def is_done(training: Training, found: DatasetFolders, folders: Folders) -> bool:
+    """Whether the training and its validation are complete and may be used.
+
+    Raises:
+        TrainingError: the folder holds another hand's training, or one from other folds or plans, or its finished
+            results have changed.
+    """
+    record = read_record(training, folders)
+    folder = training.folder(folders.results)
+    if record is None:
+        if list(folder.glob("checkpoint_*.pth")):
+            raise TrainingError(
+                f"{folder} was not trained by this experiment (it has no record of it); move it away, or choose "
+                "another results folder."
+            )
+        return False
+    for what, file, then in (
+        ("splits", found.splits_file, record.splits),
+        ("plans", found.plans_file(training.plans), record.plans),
+    ):
+        if fingerprint(file) != then:
+            raise TrainingError(
+                f"mixed {what}: {training} was trained with another {file.name} than the one that is there now; put "
+                f"the old {file} back, or start anew in another output folder."
+            )
+    if record.finished is None:
+        return False
+    summary = training.summary(folders.results)
+    if not summary.exists() or fingerprint(summary) != record.summary:
+        raise TrainingError(
+            f"{summary} is gone or has changed since {training} was finished (checkpoint_best, perhaps, by "
+            "--val_best); put it back, or move the fold and its record away to train it again."
+        )
+    return True
+
+
+def has_complete_summary(training: Training, results: Path, validation_cases: Sequence[str], ending: str) -> bool:
+    """Whether nnU-Net's validation reached its end."""
+    file = training.summary(results)
+    try:
+        entries = read_json(file)["metric_per_case"]
+    except (FileNotFoundError, ValueError):  # killed before, or in the middle of, writing it
+        return False
+    scored = {Path(entry["prediction_file"]).name.removesuffix(ending) for entry in entries}
+    return scored == set(validation_cases)
+
+
+def begin(training: Training, found: DatasetFolders, folders: Folders, command: list[str], device: str) -> Record:
+    """Write the record before the first command of a training, or add a command to it."""
+    record = read_record(training, folders) or replace(current_record(training, found, device), started=now())
+    record = replace(record, commands=(*record.commands, shlex.join(command)), failed=None)
+    write_record(training, folders, record)
+    return record
+
+
+def finish(training: Training, folders: Folders, record: Record, seconds: float) -> Record:
+    record = replace(
+        record,
+        finished=now(),
+        seconds=record.seconds + seconds,
+        summary=fingerprint(training.summary(folders.results)),
+        checkpoint=fingerprint(training.folder(folders.results) / "checkpoint_final.pth"),
+    )
+    write_record(training, folders, record)
+    return record
+
+
+def fail(training: Training, folders: Folders, record: Record, seconds: float, how: str | None) -> None:
+    """``how`` is None when the user interrupted it."""
+    write_record(training, folders, replace(record, failed=how, seconds=record.seconds + seconds))
