@@ -308,7 +308,9 @@ def compare_train(
             comparison = Comparison(file, Console(), interrupts)
             if job >= len(comparison.trainings):
                 raise _fail(f"there is no job {job}; the experiment has {len(comparison.trainings)} trainings.")
-            comparison.train(comparison.trainings[job])
+            training = comparison.trainings[job]
+            with comparison.locked(training):
+                comparison.train(training)
 
 
 @compare.command("report")

@@ -120,6 +120,7 @@ def run_command(
     environment: dict[str, str],
     interrupts: Interrupts,
     on_line: Callable[[str], None],
+    pass_fds: Sequence[int] = (),
 ) -> int:
     """Run one of nnU-Net's commands in a process group of its own, with its output in ``log``.
 
@@ -128,6 +129,8 @@ def run_command(
     Args:
         argv: name and arguments.
         on_line: called with every line of output.
+        pass_fds: file descriptors that the command inherits; a lock on them lasts as long as it runs, even when this
+            process is killed.
 
     Returns:
         The exit code, negative for a signal.
@@ -147,6 +150,7 @@ def run_command(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a process group of its own, which can be ended as a whole
+                pass_fds=pass_fds,
             )
         _follow(process, log, on_line)
     except BaseException:

@@ -156,6 +156,7 @@ def analyse(experiment: Experiment, cases: pd.DataFrame, missing: dict[tuple[str
                 noise=metric.noise,
                 seeds=(analysis.seeds[first], analysis.seeds[second]),
                 folds=len(experiment.folds),
+                family=len(declared),
                 band=settings.band,
                 alpha=settings.alpha,
                 higher_is_better=metric.metric.higher_is_better,

@@ -65,7 +65,7 @@ class Comparison:
         self.datasets: dict[str, DatasetFolders] = {found.name: found for _, found in self._listed}
         self._console = console
         self._interrupts = interrupts
-        self._progress: Progress | None = None
+        self._locks: tuple[int, ...] = ()
 
     def _environment(self) -> dict[str, str]:
         resources = self.experiment.resources
@@ -102,6 +102,7 @@ class Comparison:
             environment=self._environment() | environment,
             interrupts=self._interrupts,
             on_line=on_line,
+            pass_fds=self._locks,
         )
         if code != 0:
             self._console.print(f"The last lines of {log}:", markup=False, soft_wrap=True)
@@ -109,21 +110,31 @@ class Comparison:
             raise RunError(f"{argv[0]} ended {describe_exit(code)}; its whole output is in {log}")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """
+    def locked(self, training: Training | None = None) -> Iterator[None]:
+        """Keep others away from the whole run, or from one training. The commands inherit the lock, so that it also
+        lasts while one still runs whose parent was killed.
+
         Raises:
-            RunError: another process runs this experiment.
+            RunError: another process has the lock.
         """
-        self.folders.output.mkdir(parents=True, exist_ok=True)
-        with (self.folders.output / ".lock").open("w") as lock:
+        file = self.folders.output / ".lock"
+        if training is not None:
+            file = self.folders.output / "records" / f"{training.key}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as lock:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise RunError(
-                        f"another process runs this experiment in {self.folders.output}; wait for it or end it."
+                        f"{file} is held by a run of this experiment, or by a command that a killed run has left; wait "
+                        "for it or end it (fuser names it)."
                     ) from None
-            yield
+                self._locks = (lock.fileno(),)
+            try:
+                yield
+            finally:
+                self._locks = ()
 
     def prepare(self) -> None:
         """Declare the hypotheses, plan, preprocess, make folds.

@@ -94,10 +94,10 @@ def list_trainings(experiment: Experiment, folders: Folders) -> list[Training]:
     Raises:
         PreparationError: a dataset is not found.
     """
-    names = {dataset: find_dataset(dataset, folders).name for dataset in experiment.datasets}
+    names = {dataset.id: find_dataset(dataset, folders).name for dataset in experiment.datasets}
     return [
         Training(
-            dataset=names[dataset],
+            dataset=names[dataset.id],
             configuration=dataset.configuration,
             arm=arm.name,
             trainer=experiment.trainer_name(arm, seed),

@@ -218,13 +218,13 @@ def test_the_detectable_difference_is_found_in_four_of_five(rng, units):
     assert 0.73 < found < 0.84
 
 
-def _contrast(mean=0.02, interval=(0.015, 0.025), p=0.001, equivalence=None) -> Contrast:
+def _contrast(mean=0.02, interval=(0.015, 0.025), p=0.001, equivalence=None, patients=50) -> Contrast:
     return Contrast(
         first="new",
         second="old",
         metric="Dice",
         cases=100,
-        patients=50,
+        patients=patients,
         mean=mean,
         median=mean,
         interval=interval,
@@ -242,7 +242,14 @@ QUIET = SeedNoise(intra=0.002, freedom=8, inter=0.02)
 
 def _judge(contrast, noise=QUIET, seeds=(3, 3), folds=5, higher_is_better=True):
     return judge(
-        contrast, noise=noise, seeds=seeds, folds=folds, band=0.005, alpha=0.05, higher_is_better=higher_is_better
+        contrast,
+        noise=noise,
+        seeds=seeds,
+        folds=folds,
+        family=2,
+        band=0.005,
+        alpha=0.05,
+        higher_is_better=higher_is_better,
     )
 
 
@@ -269,6 +276,7 @@ def test_a_winner_is_named_when_everything_agrees():
         (_contrast(), {"noise": SeedNoise(np.nan, 0, np.nan)}, "differ less than seeds of one method"),
         (_contrast(), {"noise": SeedNoise(0.02, 8, 0.5)}, "a change of seeds alone"),
         (_contrast(p=np.nan), {}, "too few for a test"),
+        (_contrast(p=0.04, patients=6), {}, "with 6 patients no difference, however large, could be significant"),
         (_contrast(0.0, (0.0, 0.0), p=np.nan), {"seeds": (1, 1)}, "too few for a test"),
         (_contrast(0.001, (-0.002, 0.004)), {"seeds": (2, 3)}, "new has 2 of 3 seeds"),
         (_contrast(0.003, (0.001, 0.0049), equivalence=(0.0, 0.0051), p=0.2), {}, "the test does not reject"),
@@ -280,6 +288,12 @@ def test_without_evidence_nothing_is_distinguishable_and_nobody_wins(contrast, o
     assert reason in verdict.sentence
     assert verdict.sentence.startswith("new and old are not distinguishable: ")
     assert "better" not in verdict.sentence
+
+
+def test_seven_patients_can_decide_a_family_of_two():
+    (p,), _ = signed_rank(np.arange(1.0, 8.0)[:, None])
+    assert holm([p, p])[0] < 0.05
+    assert _judge(_contrast(p=2 * p, patients=7)).kind == "better"
 
 
 def test_equivalence_is_a_result_even_when_the_test_rejects():

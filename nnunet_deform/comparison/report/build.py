@@ -261,7 +261,7 @@ def _dataset_section(
         "analysis": dataset,
         "title": f"{dataset.dataset}, {dataset.configuration}",
         "metrics": [],
-        "costs": [(arm, _cost_cells(costs[arm])) for arm in of_arm if arm in costs],
+        "costs": [(arm.name, _cost_cells(costs[arm.name])) for arm in experiment.arms if arm.name in costs],
         "test": _test_rows(experiment, dataset, collected.test),
     }
     curves = {

@@ -11,13 +11,15 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from nnunet_deform.comparison.analysis import DatasetAnalysis, MetricAnalysis
 from nnunet_deform.comparison.cost import Cost
 from nnunet_deform.comparison.ranking import Ranking
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow and black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#7F7F7F")
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow and black; the blue is lighter, for
+# dark pages.
+_COLOURS = ("#1B86CF", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#7F7F7F")
 _INK = "#010203"  # replaced by the page's own text colour
 _STYLE = {
     "svg.fonttype": "none",
@@ -44,10 +46,13 @@ def _svg(figure: Figure, name: str) -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(_INK, "currentColor")
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
-    return re.sub(r'width="[^"]+pt" height="[^"]+pt"', f'role="img" aria-label="{name}"', svg, count=1)
+    # As wide as the page has room for, and no wider than drawn.
+    size = re.compile(r'width="([^"]+)pt" height="[^"]+pt"')
+    return size.sub(rf'style="max-width: \1pt" role="img" aria-label="{name}"', svg, count=1)
 
 
 def _figure(width: float, height: float, **options: object) -> tuple[Figure, np.ndarray]:
@@ -64,13 +69,15 @@ def distributions(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) 
             scores = scores[~np.isnan(scores)]
             row = len(arms) - position
             if len(scores) > _VIOLIN_CASES and np.ptp(scores) > 0:
-                (body,) = axes.violinplot([scores], [row], vert=False, showextrema=False, widths=0.85)["bodies"]
+                (body,) = axes.violinplot([scores], [row], orientation="horizontal", showextrema=False, widths=0.85)[
+                    "bodies"
+                ]
                 body.set(facecolor=colour(position), alpha=0.3)
             pen = {"color": _INK, "linewidth": 0.8}
             axes.boxplot(
                 [scores],
                 positions=[row],
-                vert=False,
+                orientation="horizontal",
                 widths=0.25,
                 boxprops=pen,
                 whiskerprops=pen,
@@ -118,7 +125,9 @@ def paired_differences(
             values = values[~np.isnan(values)]
             shade = _COLOURS[0] if is_declared else _COLOURS[-1]
             if len(values) > _VIOLIN_CASES and np.ptp(values) > 0:
-                (body,) = axes.violinplot([values], [row], vert=False, showextrema=False, widths=0.9)["bodies"]
+                (body,) = axes.violinplot([values], [row], orientation="horizontal", showextrema=False, widths=0.9)[
+                    "bodies"
+                ]
                 body.set(facecolor=shade, alpha=0.25)
             axes.plot(contrast.interval, [row, row], color=shade, linewidth=2.5)
             axes.plot(contrast.mean, row, "D", color=shade, markersize=5, fillstyle="full" if is_declared else "none")
@@ -193,6 +202,10 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
                 zorder=0,
             )
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xlim(min(values) / 1.5, max(values) * 1.5)
             axes.set_xlabel(label)
         for axes in grid[:, 0]:
             axes.set_ylabel(f"mean {metric.metric.name}")
@@ -226,6 +239,7 @@ def learning_curves(arms: Sequence[str], curves: Mapping[str, Sequence[Curve]], 
                 style = {"color": colour(position), "linewidth": 1, "marker": "." if len(epochs) < 20 else None}
                 axes.plot(epochs, train, label=arm if number == 0 else None, **style)
                 axes.plot(epochs, validation, linestyle="--", alpha=0.7, **style)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss (validation dashed)")
         figure.legend(loc="outside lower center", ncols=4)

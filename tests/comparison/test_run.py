@@ -1,0 +1,548 @@
+"""Whole runs with stand-ins for nnU-Net's commands; the slow test runs the real ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+from rich.console import Console
+
+from nnunet_deform import activation, commands
+from nnunet_deform.commands import Interrupts
+from nnunet_deform.comparison.collect import CollectionError
+from nnunet_deform.comparison.experiment import ExperimentError
+from nnunet_deform.comparison.files import fingerprint, read_json
+from nnunet_deform.comparison.prepare import PreparationError
+from nnunet_deform.comparison.report import build_report
+from nnunet_deform.comparison.run import Comparison, RunError, declaration, format_seconds
+from nnunet_deform.comparison.splits import SplitError
+from nnunet_deform.comparison.trainings import TrainingError, list_trainings, read_record
+
+EXPERIMENT = """\
+name: trial
+datasets:
+  - {id: 7, batch_size: 2, splits: 3, patients: patients.csv, test: true}
+arms:
+  - {name: stock, trainer: nnUNetTrainer_AdamW}
+  - {name: DeformUX, trainer: nnUNetTrainerDeformUX}
+  - {name: ResEnc, trainer: nnUNetTrainer_AdamW, plans: nnUNetResEncUNetMPlans}
+folds: [0, 1, 2]
+seeds: {first: 1, repeats: [2, 3], folds: [0], arms: [stock, DeformUX]}
+budget: {epochs: 3, iterations: 5}
+mirroring: false
+hypotheses:
+  - [DeformUX, stock]
+  - [DeformUX, ResEnc]
+statistics: {draws: 1000}
+device: cpu
+resources: {augmentation: 0}
+raw: raw
+preprocessed: preprocessed
+"""
+
+DRIVER = """
+import signal, sys
+from pathlib import Path
+from rich.console import Console
+from nnunet_deform import commands
+from nnunet_deform.comparison import run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+fakes = Path(sys.argv[1])
+commands.find_command = lambda name: str(fakes / ("cost" if name == sys.executable else name))
+commands._GRACE_S = 0.5
+with commands.Interrupts() as interrupts:
+    comparison = run.Comparison(Path(sys.argv[2]), Console(), interrupts)
+    with comparison.locked():
+        assert comparison.run() == []
+"""
+
+NAME = "Dataset007_Boxes"
+
+
+def _write_dataset(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("Tr", 12), ("Ts", 2)):
+        for part in ("images", "labels"):
+            (folder / f"{part}{split}").mkdir(parents=True)
+        for number in range(count):
+            label = np.zeros((6, 12, 14), dtype=np.uint8)
+            label[1:4, 2:8, 2:8], label[2:5, 5:11, 7:13] = 1, 2
+            image = label * 100 + rng.normal(0, 5, label.shape)
+            case = f"{split.lower()}_{number:02d}"
+            for array, path in (
+                (image.astype(np.float32), f"images{split}/{case}_0000"),
+                (label, f"labels{split}/{case}"),
+            ):
+                volume = sitk.GetImageFromArray(array)
+                volume.SetSpacing((1.0, 1.0, 2.0))
+                sitk.WriteImage(volume, folder / f"{path}.nii.gz")
+    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "front": 1, "back": 2}}
+    (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": 12, "file_ending": ".nii.gz"}))
+
+
+@pytest.fixture(scope="session")
+def fakes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fakes")
+    text = (Path(__file__).parent / "fake_nnunet.py").read_text()
+    for name in ("extract_fingerprint", "plan_experiment", "preprocess", "train", "predict", "evaluate_folder"):
+        (folder / f"nnUNetv2_{name}").write_text(f"#!{sys.executable}\n{text}")
+    (folder / "cost").write_text(f"#!{sys.executable}\n{text}")
+    for script in folder.iterdir():
+        script.chmod(0o755)
+    return folder
+
+
+class Trial:
+    """An experiment in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "trial.yaml"
+        self.output = folder / "trial"
+        self.console = Console(record=True, width=200, file=io.StringIO())
+
+    def write(self) -> None:
+        self.folder.mkdir()
+        self.file.write_text(EXPERIMENT)
+        _write_dataset(self.folder / "raw" / NAME)
+        lines = [f"tr_{number:02d},p{number // 2}" for number in range(12)]
+        (self.folder / "patients.csv").write_text("\n".join(["case,patient", *lines]))
+
+    def comparison(self) -> Comparison:
+        return Comparison(self.file, self.console, Interrupts())
+
+    def run(self) -> list[str]:
+        return self.comparison().run()
+
+    def report(self) -> str:
+        return build_report(self.file, declaration(self.comparison().experiment)).read_text()
+
+    def change(self, old: str, new: str) -> None:
+        text = self.file.read_text()
+        assert old in text
+        self.file.write_text(text.replace(old, new))
+
+    def calls(self) -> list[dict]:
+        file = Path(os.environ["FAKE_CALLS"])
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def trained(self) -> list[str]:
+        """Trainer and fold of each call of nnUNetv2_train."""
+        return [f"{c['args'][4]} {c['args'][2]}" for c in self.calls() if c["name"] == "nnUNetv2_train"]
+
+    def folds(self) -> dict[str, str]:
+        """Fingerprint of every file that trainings wrote."""
+        files = sorted((self.output / "nnUNet_results").rglob("*"))
+        return {str(f.relative_to(self.output)): fingerprint(f) for f in files if f.is_file() and f.suffix != ".json"}
+
+    def table(self) -> pd.DataFrame:
+        self.report()
+        return pd.read_parquet(self.output / "report" / "cases.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _use_fakes(fakes, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
+    monkeypatch.setattr(commands, "_GRACE_S", 0.5)
+    monkeypatch.setattr(commands, "_POLL_S", 0.02)
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.jsonl"))
+    for variable in ("FAKE_SLOW", "FAKE_BAD", "FAKE_SKIP"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def trial(tmp_path) -> Trial:
+    trial = Trial(tmp_path / "work")
+    trial.write()
+    return trial
+
+
+@pytest.fixture(scope="session")
+def undisturbed(fakes, tmp_path_factory) -> Trial:
+    """A complete run, not to be changed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
+        patch.setattr(commands, "_POLL_S", 0.02)
+        patch.setenv("FAKE_CALLS", str(folder / "calls.jsonl"))
+        trial = Trial(folder / "work")
+        trial.write()
+        assert trial.run() == []
+    return trial
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path) -> Trial:
+    """A complete run, moved to another folder, to break things in."""
+    shutil.copytree(undisturbed.folder, tmp_path / "work")
+    return Trial(tmp_path / "work")
+
+
+SUFFIX = "_3epochs5iters_seed1_unmirrored"
+
+
+def test_a_whole_run_then_nothing_is_done_twice(trial):
+    assert trial.run() == []
+    calls = trial.calls()
+    assert [call["name"] for call in calls[:4]] == [
+        "nnUNetv2_extract_fingerprint",
+        "nnUNetv2_plan_experiment",
+        "nnUNetv2_plan_experiment",
+        "nnUNetv2_preprocess",
+    ]
+    # planning crashes without a worker; bit-equal training needs none
+    assert {call["nnUNet_n_proc_DA"] for call in calls[:4]} == {"1"}
+    trainings = [call for call in calls if call["name"] == "nnUNetv2_train"]
+    assert {call["nnUNet_n_proc_DA"] for call in trainings} == {"0"}
+    assert all(call["nnUNet_extTrainer"].endswith(activation.extension_folder()) for call in calls)
+    assert trainings[0]["args"] == [
+        *(NAME, "3d_fullres", "0", "-tr", f"nnUNetTrainer_AdamW{SUFFIX}"),
+        *("-p", "nnUNetPlans_batch2", "-device", "cpu"),
+    ]
+    # 3 arms on 3 folds, and two more seeds of two arms on fold 0
+    assert len(trainings) == len({tuple(call["args"]) for call in trainings}) == 13
+    assert sum(call["name"] == "nnUNetv2_predict" for call in calls) == 3
+    assert sum(call["name"] == "cost" for call in calls) == 3
+
+    preprocessed = trial.folder / "preprocessed" / NAME
+    assert read_json(preprocessed / "nnUNetPlans_batch2.json")["configurations"]["3d_fullres"]["batch_size"] == 2
+    assert read_json(preprocessed / "nnUNetPlans_batch2.json")["plans_name"] == "nnUNetPlans_batch2"
+    splits = read_json(preprocessed / "splits_final.json")
+    assert len(splits) == 3
+    for fold in splits:
+        assert not {int(c[3:]) // 2 for c in fold["train"]} & {int(c[3:]) // 2 for c in fold["val"]}
+
+    table, folds = trial.table(), trial.folds()
+    # 13 trainings of 4 cases, and 3 arms on 2 test cases, 2 classes each
+    assert len(table[table["set"] == "out of fold"]) == 13 * 4 * 2
+    assert len(table[table["set"] == "test"]) == 3 * 2 * 2
+    assert set(table["patient"]) >= {f"p{n}" for n in range(6)}
+    summary = trial.output / "nnUNet_results" / NAME / f"nnUNetTrainerDeformUX{SUFFIX}__nnUNetPlans_batch2__3d_fullres"
+    entry = read_json(summary / "fold_1" / "validation" / "summary.json")["metric_per_case"][0]
+    rows = table[(table["arm"] == "DeformUX") & (table["seed"] == 1) & (table["fold"] == 1)]
+    row = rows[(rows["case"] == Path(entry["prediction_file"]).name[:-7]) & (rows["label"] == "back")]
+    assert row["Dice"].item() == entry["metrics"]["2"]["Dice"]
+
+    assert trial.run() == []
+    assert len(trial.calls()) == len(calls)
+    assert trial.folds() == folds
+    pd.testing.assert_frame_equal(trial.table(), table)
+    assert not list(trial.output.rglob("*.partial"))
+
+
+def test_the_report_says_what_was_found_and_where_from(finished):
+    trial = finished
+    page = trial.report()
+    # the fakes make DeformUX far better, but ResEnc has one seed only
+    assert "DeformUX and stock are not distinguishable" in page or "DeformUX is better than stock" in page
+    assert "ResEnc has 1 of 3 seeds" in page
+    assert "before the first training" in page
+    assert "the worst case:" in page.lower()
+    assert page.count("<svg") == 9  # two of each metric, ranking, Pareto, curves
+    assert page.count("data:image/png;base64,") == 6
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    record = read_record(list_trainings(*_experiment(trial))[0], _experiment(trial)[1])
+    assert record.splits[:12] in page
+    assert record.plans[:12] in page
+    assert record.commands[0] in page
+    assert f"torch {record.versions['torch']}" in page
+    folder = trial.output / "report"
+    assert {path.name for path in folder.iterdir()} == {
+        *("report.html", "cases.parquet", "cases.csv", "arms.csv", "contrasts.csv", "hypotheses.csv"),
+        *("arms.tex", "hypotheses.tex"),
+    }
+    arms = pd.read_csv(folder / "arms.csv")
+    table = pd.read_csv(folder / "cases.csv")
+    first = table[(table["set"] == "out of fold") & (table["seed"] == 1)]
+    for row in arms.itertuples():
+        assert row.mean == pytest.approx(first[first["arm"] == row.arm][row.metric].mean())
+        assert row.low < row.mean < row.high
+    assert r"\begin{tabular}" in (folder / "arms.tex").read_text()
+
+
+def _experiment(trial: Trial):
+    comparison = trial.comparison()
+    return comparison.experiment, comparison.folders
+
+
+def test_hypotheses_changed_after_the_first_run_are_told(finished):
+    finished.change("  - [DeformUX, stock]\n", "")
+    assert "The hypotheses were CHANGED after the first run" in finished.report()
+
+
+def test_a_crashing_arm_is_named_and_the_others_go_on(trial, monkeypatch):
+    trial.change("folds: [0, 1, 2]", "folds: [0]")
+    trial.change(", arms: [stock, DeformUX]", ", arms: [DeformUX]")
+    monkeypatch.setenv("FAKE_BAD", "DeformUX")
+    failures = trial.run()
+    assert len(failures) == 5
+    assert failures[0].startswith(
+        f"DeformUX, seed 1, fold 0 of {NAME} (3d_fullres): nnUNetv2_train ended with exit code 1"
+    )
+    assert "RuntimeError: [the] training went wrong" in trial.console.export_text()
+    page = trial.report()
+    assert "DeformUX is left out of all statistics" in page
+    assert page.count("not distinguishable: evidence is missing (DeformUX: fold 0 failed: nnUNetv2_train ended") == 2
+    table = trial.table()
+    assert set(table["arm"]) == {"stock", "ResEnc"}
+
+    before = len(trial.trained())
+    monkeypatch.delenv("FAKE_BAD")
+    assert trial.run() == []
+    again = trial.trained()[before:]
+    assert len(again) == 3
+    assert all("DeformUX" in name for name in again)
+    assert "left out" not in trial.report()
+
+
+def test_a_case_left_out_by_the_validation_is_a_failure(trial, monkeypatch):
+    trial.change("folds: [0, 1, 2]", "folds: [0]")
+    trial.change(", arms: [stock, DeformUX]", ", arms: [DeformUX]")
+    monkeypatch.setenv("FAKE_SKIP", "nnUNetTrainerDeformUX")
+    failures = trial.run()
+    assert len(failures) == 3
+    assert "not every case of the fold was predicted" in failures[0]
+    monkeypatch.delenv("FAKE_SKIP")
+    assert trial.run() == []
+    # only the validation is repeated
+    assert [c["args"][-1] for c in trial.calls() if c["name"] == "nnUNetv2_train"][-3:] == ["--val"] * 3
+
+
+def _tamper(file: Path) -> None:
+    content = read_json(file)
+    if isinstance(content, list):
+        content = [*content[1:], content[0]]
+    else:
+        content["changed"] = 1
+    file.write_text(json.dumps(content))
+
+
+def test_mixed_splits_and_plans_and_changed_results_are_refused(finished):
+    preprocessed = finished.folder / "preprocessed" / NAME
+    (summary,) = finished.output.glob("nnUNet_results/*/nnUNetTrainerDeformUX*_seed1_*/fold_0/validation/summary.json")
+    for file, words in (
+        (preprocessed / "splits_final.json", "mixed splits: stock, seed 1, fold 0 of"),
+        (preprocessed / "nnUNetPlans_batch2.json", "is no copy of nnUNetPlans with batch 2"),
+        (summary, "is gone or has changed since DeformUX, seed 1, fold 0"),
+    ):
+        before, calls = file.read_bytes(), len(finished.calls())
+        _tamper(file)
+        with pytest.raises((TrainingError, PreparationError), match=words):
+            finished.run()
+        assert len(finished.calls()) == calls
+        if file != preprocessed / "nnUNetPlans_batch2.json":
+            with pytest.raises(TrainingError, match=words):
+                finished.report()
+        else:
+            with pytest.raises(TrainingError, match="mixed plans: stock"):
+                finished.report()
+        file.write_bytes(before)
+    assert finished.run() == []
+
+
+def test_another_hands_training_is_refused(finished):
+    (finished.output / "records" / f"{NAME}-3d_fullres" / "stock_seed1_fold0.json").unlink()
+    with pytest.raises(TrainingError, match="fold_0 was not trained by this experiment"):
+        finished.run()
+
+
+def test_contradicting_scores_are_refused_by_name(finished):
+    file = finished.output / "scores" / f"{NAME}-3d_fullres" / "DeformUX_seed1_fold0.csv"
+    table = pd.read_csv(file)
+    case = table["case"].iloc[0]
+
+    def refusal(**columns) -> str:
+        """What the report says when these columns of the table are others."""
+        table.assign(**columns).dropna(subset=["case"]).to_csv(file, index=False)
+        with pytest.raises(CollectionError) as caught:
+            finished.report()
+        return str(caught.value)
+
+    start = f"DeformUX, seed 1, fold 0 of {NAME} (3d_fullres): "
+    assert refusal(case=table["case"].where(table["case"] != case)) == f"{start}no scores of ['{case}']."
+    assert "Dice of front in" in refusal(Dice=np.nan)
+    assert "HD95 of front in" in refusal(HD95=np.inf)
+    assert f"the case '{case}' is scored twice (front)" in refusal(label="front")
+    other = table["label"].replace("front", "other")
+    assert "scores of the classes ['back', 'other']; the dataset has ['back', 'front']" in refusal(label=other)
+    assert "scores of ['stranger']" in refusal(case=table["case"].replace(case, "stranger"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "words"),
+    [
+        ("id: 7", "id: 8", PreparationError, r"has no dataset Dataset008_\*"),
+        ("nnUNetResEncUNetMPlans", "myPlans", PreparationError, "myPlans.json does not exist; make these plans first"),
+        ("batch_size: 2", "configuration: 2d", PreparationError, r"has no configuration '2d'; it has \['3d_fullres'\]"),
+        ("splits: 3", "splits: 2", SplitError, "has 2 folds|there is no fold 2"),
+        ("patients.csv", "nobody.csv", SplitError, "cannot read .*nobody.csv"),
+        ("raw: raw", "raw: nowhere", ExperimentError, "nowhere does not exist"),
+        ("folds: [0, 1, 2]", "folds: all", ExperimentError, "fold 'all'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_training(trial, old, new, error, words):
+    trial.change(old, new)
+    with pytest.raises(error, match=words):
+        trial.run()
+    assert trial.trained() == []
+
+
+def test_an_existing_split_that_mixes_patients_is_refused_and_kept(trial):
+    file = trial.folder / "preprocessed" / NAME / "splits_final.json"
+    file.parent.mkdir(parents=True)
+    cases = [f"tr_{number:02d}" for number in range(12)]
+    folds = [{"train": [c for c in cases if c not in cases[i::3]], "val": cases[i::3]} for i in range(3)]
+    file.write_text(json.dumps(folds))
+    with pytest.raises(SplitError, match="in training and in validation"):
+        trial.run()
+    assert read_json(file) == folds
+    assert trial.calls() == []
+
+
+def test_tolerances_must_name_every_class(trial):
+    trial.change("test: true", "tolerance: {front: 1.0}")
+    with pytest.raises(CollectionError, match=r"are for \['front'\]; it has the classes \['back', 'front'\]"):
+        trial.run()
+
+
+def test_a_tolerance_of_a_class_counts(trial):
+    trial.change("folds: [0, 1, 2]", "folds: [0]")
+    trial.change("test: true", "tolerance: {front: 0.1, back: 50}")
+    trial.run()
+    table = trial.table()
+    assert (table.loc[table["label"] == "back", "NSD"] == 1).all()
+    assert (table.loc[table["label"] == "front", "NSD"] < 1).all()
+
+
+def test_only_one_run_at_a_time(trial):
+    with trial.comparison().locked(), pytest.raises(RunError, match=r"\.lock is held by a run"):
+        trial.comparison().locked().__enter__()
+    with trial.comparison().locked():
+        pass
+
+
+def _start(trial: Trial, fakes: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, fakes, trial.file], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def _children(trial: Trial) -> list[int]:
+    """Fake commands that still run for this trial."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                environment = (process / "environ").read_bytes()
+                state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            mine = f"nnUNet_raw={trial.folder / 'raw'}".encode() in environment
+            if mine and state != "Z" and int(process.name) != os.getpid():
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks processes up in /proc")
+def test_killed_twice_at_random_points_it_ends_as_an_undisturbed_run(trial, undisturbed, fakes, monkeypatch):
+    monkeypatch.setenv("FAKE_SLOW", "0.15")
+    rng = random.Random(4)
+    finished: dict[str, str] = {}
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before = len(trial.trained())
+        process = _start(trial, fakes)
+        while len(trial.trained()) < before + 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.2))
+        process.send_signal(number)
+        process.wait(timeout=30)
+        if number == signal.SIGTERM:
+            assert _children(trial) == []
+        else:
+            # its command still runs, and keeps the lock
+            with pytest.raises(RunError, match=r"\.lock is held"):
+                trial.comparison().locked().__enter__()
+            for pid in _children(trial):
+                os.kill(pid, signal.SIGKILL)
+            while _children(trial):
+                time.sleep(0.05)
+        done = [t for t in trial.comparison().trainings if trial.comparison().is_done(t)]
+        assert done
+        results = trial.output / "nnUNet_results"
+        for training in done:
+            for file in sorted(training.folder(results).rglob("*")):
+                if file.is_file():
+                    finished.setdefault(str(file), fingerprint(file))
+    monkeypatch.setenv("FAKE_SLOW", "0")
+    assert trial.run() == []
+    assert {file: fingerprint(Path(file)) for file in finished} == finished
+    pd.testing.assert_frame_equal(trial.table(), undisturbed.table())
+    # no training was started twice from the beginning after it had a checkpoint: the fakes assert that themselves
+    assert all(record.failed is None for record in _records(trial))
+
+
+def _records(trial: Trial):
+    experiment, folders = _experiment(trial)
+    return [read_record(training, folders) for training in list_trainings(experiment, folders)]
+
+
+def test_a_run_that_ended_between_validation_and_record_trains_nothing_again(finished):
+    (file,) = finished.output.glob("records/*/DeformUX_seed1_fold0.json")
+    content = read_json(file)
+    file.write_text(json.dumps({**content, "finished": None, "summary": None, "checkpoint": None}))
+    before = len(finished.trained())
+    assert finished.run() == []
+    assert len(finished.trained()) == before
+    assert read_json(file)["summary"] == content["summary"]
+
+
+def test_a_truncated_summary_is_validated_again(finished):
+    (file,) = finished.output.glob("records/*/DeformUX_seed1_fold0.json")
+    content = read_json(file)
+    (summary,) = finished.output.glob("nnUNet_results/*/nnUNetTrainerDeformUX*_seed1_*/fold_0/validation/summary.json")
+    whole = summary.read_bytes()
+    file.write_text(json.dumps({**content, "finished": None, "summary": None, "checkpoint": None}))
+    summary.write_bytes(whole[:100])
+    assert finished.run() == []
+    assert finished.calls()[-1]["args"][-1] == "--val"
+    assert summary.read_bytes() == whole
+
+
+def test_progress_and_remaining_time(undisturbed):
+    shown = undisturbed.console.export_text(clear=False)
+    assert "13 trainings, 0 of them done." in shown
+    assert re.search(r"13 of 13: DeformUX, seed 3, fold 0 of .*, \d+ s; about 0 s left", shown)
+
+
+def test_remaining_time_is_by_arm_and_counts_what_is_done(trial):
+    comparison = trial.comparison()
+    todo = comparison.trainings[:4]
+    with comparison._showing(todo) as clock:
+        assert clock.remaining(0.0) == 0
+        clock._known = {"stock": [10.0, 20.0], "DeformUX": [100.0]}
+        # stock 15, DeformUX 100, ResEnc unknown: the mean of all three known, stock 15
+        assert clock.remaining(0.0) == pytest.approx(15 + 100 + 130 / 3 + 15)
+        assert clock.remaining(0.5) == pytest.approx(7.5 + 100 + 130 / 3 + 15)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3600, "1 h 0 min"), (8000, "2 h 13 min")]
+)
+def test_times_in_words(seconds, words):
+    assert format_seconds(seconds) == words
