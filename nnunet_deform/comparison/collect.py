@@ -11,7 +11,7 @@ import pandas as pd
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_deform.comparison.experiment import Dataset, Experiment, Folders
-from nnunet_deform.comparison.files import read_json, write_text
+from nnunet_deform.comparison.files import read_json, write_table
 from nnunet_deform.comparison.metrics import METRICS, score_folder
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, patients_of
 from nnunet_deform.comparison.trainings import Training, is_done, list_trainings, read_record
@@ -42,7 +42,7 @@ def test_folder(training: Training, folders: Folders) -> Path:
 
 
 def scores_file(training: Training, folders: Folders) -> Path:
-    return folders.output / "scores" / f"{training.key}.csv"
+    return folders.output / "scores" / f"{training.key}.parquet"
 
 
 def tolerances(experiment: Experiment, training: Training, found: DatasetFolders) -> dict[str, float]:
@@ -87,8 +87,7 @@ def _score(experiment: Experiment, training: Training, found: DatasetFolders, su
         processes=experiment.resources.processes,
     )
     table["label"] = [names[value] for value in table["label"]]
-    # repr keeps every bit, so equal predictions give equal bytes
-    write_text(file, table.to_csv(index=False))
+    write_table(file, table)
 
 
 def score_training(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
@@ -97,7 +96,7 @@ def score_training(experiment: Experiment, training: Training, found: DatasetFol
 
 
 def _test_scores_file(training: Training, folders: Folders) -> Path:
-    return folders.output / "scores" / f"{training.key}_test.csv"
+    return folders.output / "scores" / f"{training.key}_test.parquet"
 
 
 def score_test(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
@@ -135,15 +134,13 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         if not scores.exists():
             missing[training] = "trained, not scored"
             continue
-        table = pd.read_csv(scores, float_precision="round_trip", dtype={"case": str, "label": str})
+        table = pd.read_parquet(scores)
         expected = read_json(found.splits_file)[training.fold]["val"]
         faults += check_scores(table, expected, tuple(found.labels), str(training))
         patients = patients_by_dataset[training.dataset]
         out_of_fold.append(_described(table, training, training.fold).assign(patient=table["case"].map(patients)))
         if _test_scores_file(training, folders).exists():
-            of_test = pd.read_csv(
-                _test_scores_file(training, folders), float_precision="round_trip", dtype={"case": str, "label": str}
-            )
+            of_test = pd.read_parquet(_test_scores_file(training, folders))
             test.append(_described(of_test, training, -1).assign(patient=of_test["case"]))
     if faults:
         raise CollectionError("\n".join(faults))

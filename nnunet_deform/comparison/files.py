@@ -5,19 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace ``file`` in one step; its folder is made."""
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A file to write beside ``file``, which takes its place in one step when the block succeeds."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    with _replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_table(file: Path, table: pd.DataFrame) -> None:
+    """As Parquet, which keeps every bit of the figures."""
+    with _replacing(file) as partial:
+        table.to_parquet(partial, index=False)
 
 
 def write_json(file: Path, content: Any) -> None:

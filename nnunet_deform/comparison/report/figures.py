@@ -34,6 +34,7 @@ _STYLE = {
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
+_VIOLIN = {"orientation": "horizontal", "showextrema": False}
 _VIOLIN_CASES = 2  # below, a density says nothing
 
 
