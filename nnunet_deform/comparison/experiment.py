@@ -103,11 +103,10 @@ class Statistics(_Strict):
 
 class Resources(_Strict):
     """processes: of preprocessing, export and scoring; augmentation: worker processes of a training, 0 for bit-equal
-    runs; slurm: options of sbatch for a training, for the cluster only."""
+    runs, None as nnU-Net chooses."""
 
     processes: Annotated[int, Field(ge=1)] = 1
     augmentation: Annotated[int, Field(ge=0)] | None = None
-    slurm: dict[str, str | int] = {}
 
 
 class Experiment(_Strict):

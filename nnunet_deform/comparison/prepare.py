@@ -113,8 +113,10 @@ def prepare_dataset(
     found = find_dataset(dataset, folders)
     # Before anything expensive.
     patients = patients_of(dataset, found, file)
-    splits_exist = found.splits_file.exists()
-    if splits_exist:
+    for part in ("imagesTs", "labelsTs") if dataset.test else ():
+        if not (found.raw / part).is_dir():
+            raise PreparationError(f"{found.raw / part} does not exist; set test: false for this dataset.")
+    if found.splits_file.exists():
         ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
     processes = str(experiment.resources.processes)
     base_plans = list(dict.fromkeys(arm.plans for arm in experiment.arms))

@@ -272,8 +272,11 @@ class Comparison:
                 except RunError as error:
                     failures.append(f"{training}: {error}")
                 clock.stop()
-        self.predict_test()
-        self.measure_costs()
+        for step in (self.predict_test, self.measure_costs):
+            try:
+                step()
+            except RunError as error:  # the report is worth having without it
+                failures.append(str(error))
         return failures
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 A training takes three steps with a checkpoint after each and goes on from there with --c; its predictions depend on the
 trainer's name and the fold only, as seeded trainings on a CPU do. FAKE_SLOW is the time of a step, FAKE_BAD a part of
-the name of trainers that crash, FAKE_SKIP one of those that leave a case out. Every call is noted in FAKE_CALLS.
+the name of trainers that crash, FAKE_SKIP one of those that leave a case out; with FAKE_BAD_TEST the prediction of test
+cases crashes. Every call is noted in FAKE_CALLS.
 """
 
 import json
@@ -125,6 +126,8 @@ elif name == "nnUNetv2_train":
         time.sleep(float(os.environ.get("FAKE_SLOW", "0")) / 4)
         predict(raw / "labelsTr" / f"{case}.nii.gz", validation / f"{case}.nii.gz", strength, rng)
     summarise(raw / "labelsTr", validation, validation / "summary.json")
+elif name == "nnUNetv2_predict" and "FAKE_BAD_TEST" in os.environ:
+    sys.exit("out of memory")
 elif name == "nnUNetv2_predict":
     output = pathlib.Path(option("-o"))
     output.mkdir(parents=True)

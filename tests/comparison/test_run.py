@@ -414,6 +414,21 @@ def test_an_existing_split_that_mixes_patients_is_refused_and_kept(trial):
     assert trial.calls() == []
 
 
+def test_a_test_set_without_labels_is_refused(trial):
+    shutil.rmtree(trial.folder / "raw" / NAME / "labelsTs")
+    with pytest.raises(PreparationError, match="labelsTs does not exist; set test: false"):
+        trial.run()
+    assert trial.calls() == []
+
+
+def test_a_failing_test_prediction_leaves_a_report(finished, monkeypatch):
+    shutil.rmtree(finished.output / "test")
+    monkeypatch.setenv("FAKE_BAD_TEST", "1")
+    (failure,) = finished.run()
+    assert failure.startswith("nnUNetv2_predict ended with exit code 1; its whole output is in")
+    assert "Declared hypotheses" in finished.report()
+
+
 def test_tolerances_must_name_every_class(trial):
     trial.change("test: true", "tolerance: {front: 1.0}")
     with pytest.raises(CollectionError, match=r"are for \['front'\]; it has the classes \['back', 'front'\]"):
