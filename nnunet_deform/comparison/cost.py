@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +29,11 @@ _STEPS = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters: their number; macs: multiply-adds of convolutions and matrix products for one patch (sampling and
-    element-wise work are not counted); peak_bytes: of a training step, on a GPU what torch allocated, on a CPU by how
-    much the process grew; seconds_per_iteration: the median of three training steps, data loading not counted;
+    """What one arm costs.
+
+    parameters: their number; macs: multiply-adds of convolutions and matrix products for one patch, interpolation and
+    element-wise work not counted; peak_bytes: of a training step, on a GPU what torch allocated, on a CPU by how much
+    the process grew; seconds_per_iteration: the median of three training steps, data loading not counted;
     seconds_per_case: sliding-window prediction of one case of the plan's median size, mirrored as the experiment says.
     """
 
@@ -60,7 +63,15 @@ def count_macs(network: torch.nn.Module, patch: torch.Tensor) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    counter = FlopCounterMode(display=False)
+    import nnunet_deform.ops  # noqa: F401 (registers the operator)
+
+    def deformable(
+        _input: object, _offset: object, weight: Sequence[int], *_: object, out_shape: Sequence[int], **__: object
+    ) -> int:
+        # As a plain convolution's: 2 operations a multiply-add.
+        return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.nnunet_deform.deform_conv: deformable})
     training = network.training
     with torch.no_grad(), counter:
         network.eval()(patch)

@@ -57,6 +57,7 @@ def test_written_once_and_never_replaced(tmp_path):
     file = tmp_path / "new" / "splits_final.json"
     written = ensure_splits(file, CASES, PATIENTS, 3, [0, 1, 2])
     assert json.loads(file.read_text()) == written == make_splits(CASES, PATIENTS, 3)
+    file.write_text(json.dumps(written))  # the same folds in another layout
     before = file.read_bytes()
     # another wish does not change it, as long as it is usable
     assert ensure_splits(file, CASES, PATIENTS, 5, [0]) == written
