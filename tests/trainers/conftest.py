@@ -11,7 +11,7 @@ import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from phantoms import Scenario, prepare, threads_for_processes, unet_architecture, use
+from phantoms import Scenario, prepare, threads_for_processes, unet_architecture, use, without_waiting
 
 from nnunet_deform import activation
 from nnunet_deform.plans import deformux
@@ -160,9 +160,9 @@ def workplace(prepared: Callable[[Scenario], Path], tmp_path: Path, monkeypatch:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
-    monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
     monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
     threads_for_processes(monkeypatch)
+    without_waiting(monkeypatch)
 
     def make(scenario: Scenario) -> Path:
         source = prepared(scenario)

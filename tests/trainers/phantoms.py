@@ -1,5 +1,6 @@
 """Small datasets on disk, planned and preprocessed by nnU-Net itself, and what to train on them."""
 
+import functools
 import json
 import multiprocessing
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,10 @@ import nnunetv2.ensembling.ensemble
 import nnunetv2.evaluation.evaluate_predictions
 import nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor
 import nnunetv2.experiment_planning.verify_dataset_integrity
+import nnunetv2.inference.predict_from_raw_data
 import nnunetv2.postprocessing.remove_connected_components
 import nnunetv2.preprocessing.preprocessors.default_preprocessor
+import nnunetv2.run.run_training
 import nnunetv2.training.nnUNetTrainer.nnUNetTrainer
 import numpy as np
 import pytest
@@ -28,6 +31,9 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     plan_experiments,
     preprocess_dataset,
 )
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 CASES = 4
 FOLDS = [
@@ -189,6 +195,17 @@ def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point nnU-Net to the folders in ``folder``."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(folder / name))
+
+
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what costs seconds in each run of nnU-Net and has tests of its own: plots, and repeated look-ups."""
+    monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: Path(folder, "progress.png").touch())
+    for module in (nnunetv2.run.run_training, nnunetv2.inference.predict_from_raw_data):
+        monkeypatch.setattr(module, "recursive_find_trainer_class_by_name", _find_trainer)
+
+
+_find_trainer = functools.cache(recursive_find_trainer_class_by_name)
 
 
 def threads_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def check_validation(folder: Path, scenario: Scenario, fold: int, cases: Sequenc
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=str)
 def test_train_validate_continue_predict_share(workplace, monkeypatch, tmp_path, name, scenario) -> None:
     root = workplace(scenario)
-    trainer = f"{name}_2epochs1iters_seed0"
+    trainer = f"{name}_1epochs1iters_seed0"
     # In the cascade, the first stage predicts what the second one trains on: every fold's validation cases.
     folds = {0: ["case_0"], 1: ["case_1", "case_2", "case_3"]} if len(scenario.configurations) > 1 else {0: ["case_0"]}
     previous = None
