@@ -9,6 +9,7 @@ import os
 VARIABLE = "nnUNet_extTrainer"
 PTH_NAME = "nnunet_deform_activate.pth"
 OLDEST_NNUNETV2 = "2.8.1"
+_MODULE = "nnunet_deform_ext_trainers.py"
 
 # Runs at interpreter start. It must never break an environment, not even after nnunet-deform was uninstalled.
 _PTH_LINE = (
@@ -120,6 +121,17 @@ def problems() -> list[str]:
             f"{VARIABLE} does not name our folder {extension_folder()}, so nnU-Net cannot find our trainers. Run "
             'nnunet-deform enable once, or put eval "$(nnunet-deform env)" into your shell or job script.'
         )
+    found += [
+        f"{VARIABLE} names {path!r}, the folder of another copy of nnunet-deform than this one ({extension_folder()}); "
+        "look for a line that sets it in your shell's start-up files and job scripts, and remove it."
+        for path in paths
+        if os.path.isfile(os.path.join(path, _MODULE)) and not _contains_ours([path])
+    ]
+    path = pth_path()
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            if file.read() != _PTH_LINE:
+                found.append(f"{path} was written by another version of nnunet-deform; run nnunet-deform enable again.")
     return found
 
 

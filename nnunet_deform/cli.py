@@ -73,8 +73,15 @@ def disable() -> None:
 
 
 @app.command()
-def status() -> None:
-    """Say what is installed and active, look up every trainer as nnU-Net does, and explain what is wrong."""
+def status(
+    trainer: Annotated[
+        list[str] | None, typer.Argument(help="Trainers to explain, besides ours.", show_default=False)
+    ] = None,
+) -> None:
+    """Say what is installed and active, look up every trainer as nnU-Net does, and explain what is wrong.
+
+    Plans in nnUNet_preprocessed and models in nnUNet_results are looked at, too.
+    """
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"nnunet-deform {__version__}, Python {platform.python_version()}")
     for package in ("nnunetv2", "torch", "dynamic-network-architectures"):
@@ -87,9 +94,15 @@ def status() -> None:
     enabled = Path(activation.pth_path())
     console.print(f"enabled for this environment: {enabled if enabled.exists() else 'no'}")
 
-    problems = activation.problems()
-    _print_trainers(console, problems)
-    _print_backends(console)
+    from nnunet_deform import diagnosis
+
+    problems = [*activation.problems(), *diagnosis.version_problems()]
+    problems += _print_trainers(console)
+    problems += [diagnosis.explain_missing_trainer(name) for name in trainer or () if diagnosis.lookup(name) is None]
+    problems += _print_backends(console)
+    problems += [*diagnosis.plan_problems(), *diagnosis.checkpoint_problems()]
+    for note in diagnosis.checkpoint_notes():
+        console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
     for problem in problems:
         console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
     if problems:
@@ -97,22 +110,16 @@ def status() -> None:
     console.print("[bold green]All is well:[/bold green] nnU-Net finds every trainer.")
 
 
-def _print_trainers(console: Console, problems: list[str]) -> None:
-    from nnunet_deform import trainers
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+def _print_trainers(console: Console) -> list[str]:
+    from nnunet_deform import diagnosis, trainers
 
     table = Table("trainer", "nnU-Net's look-up")
+    problems = []
     for name in trainers.__all__:
-        try:
-            # nnU-Net prints where it searches.
-            with contextlib.redirect_stdout(io.StringIO()):
-                found = recursive_find_trainer_class_by_name(name)
-        except RuntimeError:
+        found = diagnosis.lookup(name)
+        if found is None:
             table.add_row(name, "[red]not found[/red]")
-            continue
-        if found is getattr(trainers, name):
+        elif found is getattr(trainers, name):
             table.add_row(name, "found")
         else:
             table.add_row(name, f"[red]another class, {found.__module__}[/red]")
@@ -121,14 +128,16 @@ def _print_trainers(console: Console, problems: list[str]) -> None:
                 f"leads to it from {activation.VARIABLE}."
             )
     console.print(table)
+    return problems
 
 
-def _print_backends(console: Console) -> None:
+def _print_backends(console: Console) -> list[str]:
     import torch
 
     from nnunet_deform.ops import backends_for, choose_backend
 
     table = Table("device", "backend", "state")
+    problems = []
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -143,12 +152,14 @@ def _print_backends(console: Console) -> None:
         try:
             chosen, _ = choose_backend(*tensors)
         except (ValueError, RuntimeError) as error:
-            table.add_row(device, "-", f"[red]{escape(str(error))}[/red]")
+            table.add_row(device, "-", "[red]none[/red]")
+            problems.append(f"On {device}: {error}")
             continue
         for name, reason in backends_for(*tensors).items():
             state = "used" if name == chosen else "available"
-            table.add_row(device, name, state if reason is None else f"cannot run: {reason}")
+            table.add_row(device, name, state if reason is None else f"cannot run: {escape(reason)}")
     console.print(table)
+    return problems
 
 
 @app.command()

@@ -47,8 +47,8 @@ class AtomicCheckpoints(nnUNetTrainer):
             RuntimeError: the file is no complete checkpoint.
         """
         if isinstance(filename_or_checkpoint, str):
-            versions = checkpoint_versions(filename_or_checkpoint)
-            trained_with = versions.get("nnunet-deform", __version__)
+            trained_with = checkpoint_versions(filename_or_checkpoint).get("nnunet-deform", __version__)
+            _check_complete(filename_or_checkpoint)
             if trained_with != __version__:
                 self.print_to_log_file(
                     f"WARNING: {filename_or_checkpoint} was written by nnunet-deform {trained_with}, this is "
@@ -75,15 +75,22 @@ def checkpoint_versions(path: str) -> dict[str, str]:
     try:
         with zipfile.ZipFile(path) as archive:
             records = [name for name in archive.namelist() if name.endswith(f"/{_RECORD}")]
-            # Small enough to check all of it: torch does not look at these sums.
-            damaged = archive.testzip()
-            versions = json.loads(archive.read(records[0])) if records and damaged is None else {}
-    except zipfile.BadZipFile:
-        damaged = "its list of contents"
+            return json.loads(archive.read(records[0])) if records else {}
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _check_complete(path: str) -> None:
+    # torch checks no sums: it would load weights from damaged bytes.
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
     if damaged is not None:
-        raise RuntimeError(
-            f"the checkpoint {path} is damaged ({damaged}), perhaps by an incomplete copy or a full disk. Move it away "
-            "and run the same command again: nnU-Net takes checkpoint_final, else checkpoint_latest, else "
-            "checkpoint_best, and starts anew when there is none."
-        )
-    return versions
+        raise _damaged(path, f"wrong checksum of {damaged}")
+
+
+def _damaged(path: str, reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"the checkpoint {path} is damaged ({reason}), perhaps by an incomplete copy or a full disk. Move it away and run "
+        "the same command again: with --c, nnU-Net takes checkpoint_final, else checkpoint_latest, else checkpoint_best, "
+        "and starts anew when there is none."
+    )
