@@ -135,6 +135,45 @@ def problems() -> list[str]:
     return found
 
 
+def version_problems() -> list[str]:
+    """Installed packages that do not meet what this package requires, and a foreign nnU-Net on the PATH."""
+    import importlib.metadata
+    import shutil
+    import sysconfig
+
+    from packaging.requirements import Requirement
+
+    from nnunet_deform import __version__
+
+    found = []
+    for requirement in map(Requirement, importlib.metadata.requires("nnunet-deform") or ()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{requirement.name} is not installed; run: pip install '{wanted}'")
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            found.append(
+                f"{requirement.name} {installed} is installed, but nnunet-deform {__version__} needs "
+                f"{requirement.specifier}; run: pip install '{wanted}'"
+            )
+    installed = importlib.metadata.version("nnunet-deform")
+    if installed != __version__:
+        found.append(f"nnunet-deform was installed as {installed}, but its files are of {__version__}; reinstall it.")
+    command = shutil.which("nnUNetv2_train")
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    folders = [os.path.realpath(sysconfig.get_path("scripts", scheme)) for scheme in schemes]
+    if command is not None and os.path.realpath(os.path.dirname(command)) not in folders:
+        found.append(
+            f"nnUNetv2_train on your PATH is {command}, but this nnunet-deform belongs to the environment with "
+            f"{folders[0]}; activate that one, or install nnunet-deform into the other."
+        )
+    return found
+
+
 def _configured_paths() -> list[str]:
     return [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path.strip()]
 

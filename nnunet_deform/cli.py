@@ -94,20 +94,26 @@ def status(
     enabled = Path(activation.pth_path())
     console.print(f"enabled for this environment: {enabled if enabled.exists() else 'no'}")
 
+    # First, because with other versions the imports below may fail.
+    versions = activation.version_problems()
+    _print_problems(console, versions)
     from nnunet_deform import diagnosis
 
-    problems = [*activation.problems(), *diagnosis.version_problems()]
-    problems += _print_trainers(console)
+    problems = [*activation.problems(), *_print_trainers(console)]
     problems += [diagnosis.explain_missing_trainer(name) for name in trainer or () if diagnosis.lookup(name) is None]
     problems += _print_backends(console)
     problems += [*diagnosis.plan_problems(), *diagnosis.checkpoint_problems()]
     for note in diagnosis.checkpoint_notes():
         console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
-    for problem in problems:
-        console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
-    if problems:
+    _print_problems(console, problems)
+    if versions or problems:
         raise typer.Exit(1)
     console.print("[bold green]All is well:[/bold green] nnU-Net finds every trainer.")
+
+
+def _print_problems(console: Console, problems: list[str]) -> None:
+    for problem in problems:
+        console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
 
 
 def _print_trainers(console: Console) -> list[str]:

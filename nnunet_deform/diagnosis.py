@@ -7,54 +7,15 @@ import json
 import os
 import pydoc
 import re
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-
-from packaging.requirements import Requirement
 
 from nnunet_deform import __version__, activation, trainers
 from nnunet_deform.trainers.checkpoints import checkpoint_versions
 from nnunet_deform.trainers.variants import find_trainer
 
 _SUFFIXES = (r"_AdamW(?![a-z])", r"_\d+epochs(?:\d+iters)?", r"_seed\d+")
-
-
-def version_problems() -> list[str]:
-    """Installed packages that do not meet what this package requires, and a foreign nnU-Net on the PATH."""
-    found = []
-    for requirement in map(Requirement, metadata.requires("nnunet-deform") or ()):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            installed = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            found.append(f"{requirement.name} is not installed; run: pip install '{_plain(requirement)}'")
-            continue
-        if not requirement.specifier.contains(installed, prereleases=True):
-            found.append(
-                f"{requirement.name} {installed} is installed, but nnunet-deform {__version__} needs "
-                f"{requirement.specifier}; run: pip install '{_plain(requirement)}'"
-            )
-    installed = metadata.version("nnunet-deform")
-    if installed != __version__:
-        found.append(
-            f"nnunet-deform {installed} was installed, but its files are of {__version__}; run pip install again."
-        )
-    command = shutil.which("nnUNetv2_train")
-    ours = sysconfig.get_path("scripts")
-    if command is not None and not os.path.samefile(os.path.dirname(command), ours):
-        found.append(
-            f"nnUNetv2_train on your PATH is {command}, which belongs to another environment than this one ({ours}); "
-            "activate the environment that holds nnunet-deform, or install it into the other one."
-        )
-    return found
-
-
-def _plain(requirement: Requirement) -> str:
-    return f"{requirement.name}{requirement.specifier}"
 
 
 def lookup(name: str) -> type | None:

@@ -90,7 +90,7 @@ def _check_complete(path: str) -> None:
 
 def _damaged(path: str, reason: str) -> RuntimeError:
     return RuntimeError(
-        f"the checkpoint {path} is damaged ({reason}), perhaps by an incomplete copy or a full disk. Move it away and run "
-        "the same command again: with --c, nnU-Net takes checkpoint_final, else checkpoint_latest, else checkpoint_best, "
-        "and starts anew when there is none."
+        f"the checkpoint {path} is damaged ({reason}), perhaps by an incomplete copy or a full disk. Move it away and "
+        "run the same command again: with --c, nnU-Net takes checkpoint_final, else checkpoint_latest, else "
+        "checkpoint_best, and starts anew when there is none."
     )
