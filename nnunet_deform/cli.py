@@ -169,6 +169,22 @@ def _print_backends(console: Console) -> list[str]:
 
 
 @app.command()
+def check_images(
+    folder: Annotated[
+        Path, typer.Argument(help="Looked through with all folders below.", exists=True, file_okay=False)
+    ],
+) -> None:
+    """Find truncated and damaged NIfTI files, which nnU-Net would read without a word."""
+    from nnunet_deform.images import incomplete_images
+
+    problems = list(incomplete_images(folder))
+    _print_problems(Console(soft_wrap=True, highlight=False), problems)
+    if problems:
+        raise typer.Exit(1)
+    print(f"Every NIfTI file in {folder} is complete.")
+
+
+@app.command()
 def demo(
     folder: Annotated[
         Path | None,

@@ -2,18 +2,21 @@
 
 import json
 import os
+import struct
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from phantoms import SCENARIOS
+from typer.testing import CliRunner
 
-from nnunet_deform import __version__
+from nnunet_deform import __version__, cli, images
+from nnunet_deform.images import incomplete_images
 from nnunet_deform.trainers import checkpoints
 from nnunet_deform.trainers.variants import find_trainer
 
@@ -62,27 +65,49 @@ def test_a_dataset_that_does_not_fit_together(workplace, capsys, file, change, s
     root = workplace(SCENARIOS["isotropic"])
     edit(root / "raw" / DATASET / file, change)
     before = contents(root)
-    with pytest.raises(RuntimeError, match="Some images have errors"):
+    with pytest.raises(RuntimeError, match="Please check text output above to see which one"):
         verify_dataset_integrity(str(root / "raw" / DATASET), 1)
     assert said in capsys.readouterr().out
     assert contents(root) == before
 
 
-def test_a_truncated_image(workplace, tmp_path) -> None:
-    root = workplace(SCENARIOS["isotropic"])
-    run_training("999", "3d_fullres", 0, SHORT, device=CPU)
-    (model,) = (root / "results" / DATASET).iterdir()
-    image = root / "raw" / DATASET / "imagesTs" / "test_0_0000.nii.gz"
-    image.write_bytes(image.read_bytes()[:500])
-    predictor = nnUNetPredictor(use_mirroring=False, device=CPU)
-    predictor.initialize_from_trained_model_folder(str(model), (0,))
-    output = tmp_path / "predicted"
-    output.mkdir()
-    before = contents(root / "results")
-    with pytest.raises(RuntimeError, match=r"test_0_0000\.nii\.gz"):
-        predictor.predict_from_files_sequential(str(image.parent), str(output))
-    assert not list(output.glob("*.nii.gz"))
-    assert contents(root / "results") == before
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
+def test_a_truncated_image(tmp_path, suffix) -> None:
+    """ITK reads most of them without an error, so there is a command that does not."""
+    values = np.random.default_rng(0).normal(size=(5, 20, 33)).astype(np.float32)
+    path = tmp_path / f"scan_0000{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+    complete = path.read_bytes()
+    command = ["check-images", str(tmp_path)]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    for length in (len(complete) - 1, len(complete) // 2, 500, 100, 0):
+        path.write_bytes(complete[:length])
+        result = CliRunner().invoke(cli.app, command, env={"COLUMNS": "300"})
+        assert result.exit_code == 1
+        assert f"{path} is damaged: " in result.output
+        assert path.read_bytes() == complete[:length]
+    path.write_bytes(complete)
+    assert list(incomplete_images(tmp_path)) == []
+    # As ITK reads it, half of the voxels are others.
+    path.write_bytes(complete[: len(complete) // 2])
+    assert (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) != values).mean() > 0.4
+
+
+def test_big_endian_and_second_version_headers() -> None:
+    sizes = (3, 20, 30, 40, 1, 1, 1, 1)
+    first = bytearray(348)
+    struct.pack_into(">i", first, 0, 348)
+    struct.pack_into(">8h", first, 40, *sizes)
+    struct.pack_into(">h", first, 72, 16)
+    struct.pack_into(">f", first, 108, 352.0)
+    assert images._expected_length(bytes(first)) == 352 + 20 * 30 * 40 * 2
+    second = bytearray(540)
+    struct.pack_into("<i", second, 0, 540)
+    struct.pack_into("<h", second, 14, 32)
+    struct.pack_into("<8q", second, 16, *sizes)
+    struct.pack_into("<q", second, 168, 544)
+    assert images._expected_length(bytes(second)) == 544 + 20 * 30 * 40 * 4
+    assert images._expected_length(bytes(540)) is None
 
 
 def test_a_damaged_checkpoint_is_not_continued_from(make_trainer) -> None:
