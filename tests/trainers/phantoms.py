@@ -225,7 +225,7 @@ def prepare(folder: Path, scenario: Scenario, name: str = "Dataset999_Phantom") 
     raw = folder / "raw" / name
     for case in range(CASES):
         write_case(raw, "imagesTr", f"case_{case}", scenario, scenario.size, seed=case)
-    # An axis of 9 or 17 voxels never divides, and is shorter or longer than the patch.
+    # Shorter than the patch along some axes and longer along others.
     write_case(raw, "imagesTs", "test_0", scenario, [9, 17, 33], seed=100)
     (raw / "dataset.json").write_text(json.dumps(scenario.dataset_json))
     number = int(name[7:10])
