@@ -10,6 +10,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
+from nnunet_deform.trainers import numerical_guard
 from nnunet_deform.trainers.numerical_guard import MAX_SKIPPED_STEPS
 from nnunet_deform.trainers.variants import find_trainer
 
@@ -130,6 +131,22 @@ def test_the_image_and_the_loss(started) -> None:
     assert "The images of the batch are not finite." in stopped(trainer)
 
 
+def test_the_innermost_layer_is_named_and_buffers_stay() -> None:
+    network = nn.Sequential()
+    network.add_module("before", nn.Conv1d(1, 2, 1))
+    network.add_module("block", nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2)))
+    network.block[0].register_forward_hook(lambda *args: PoisonedGradient.apply(args[-1]))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with numerical_guard._unchanged(network), numerical_guard._Watch(network) as watch:
+        network(torch.randn(3, 1, 4)).sum().backward()
+        assert not torch.equal(network.block[1].running_mean, before["block.1.running_mean"])
+    assert watch.found == "First offending layer: block.0 (the gradient of its input, in the backward pass)."
+    after = network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    # The hooks are gone.
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
 def test_an_operation_between_layers(started) -> None:
     trainer = started("nnUNetTrainerMAGIC")
     stage = trainer.network.encoder.stages[1]
@@ -198,8 +215,6 @@ class Wrapped(nn.Module):
 
 
 def test_wrapped_and_compiled_networks_are_unwrapped(started, monkeypatch) -> None:
-    from nnunet_deform.trainers import numerical_guard
-
     trainer = started("nnUNetTrainerLightMedSeg")
     break_output(trainer, "decoder.seg_layers.1")
     monkeypatch.setattr(numerical_guard, "DistributedDataParallel", Wrapped)
