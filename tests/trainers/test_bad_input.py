@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from phantoms import SCENARIOS
 from typer.testing import CliRunner
 
-from nnunet_deform import __version__, cli, images
+from nnunet_deform import __version__, cli
 from nnunet_deform.images import incomplete_images
 from nnunet_deform.trainers import checkpoints
 from nnunet_deform.trainers.variants import find_trainer
@@ -91,23 +90,6 @@ def test_a_truncated_image(tmp_path, suffix) -> None:
     # As ITK reads it, half of the voxels are others.
     path.write_bytes(complete[: len(complete) // 2])
     assert (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) != values).mean() > 0.4
-
-
-def test_big_endian_and_second_version_headers() -> None:
-    sizes = (3, 20, 30, 40, 1, 1, 1, 1)
-    first = bytearray(348)
-    struct.pack_into(">i", first, 0, 348)
-    struct.pack_into(">8h", first, 40, *sizes)
-    struct.pack_into(">h", first, 72, 16)
-    struct.pack_into(">f", first, 108, 352.0)
-    assert images._expected_length(bytes(first)) == 352 + 20 * 30 * 40 * 2
-    second = bytearray(540)
-    struct.pack_into("<i", second, 0, 540)
-    struct.pack_into("<h", second, 14, 32)
-    struct.pack_into("<8q", second, 16, *sizes)
-    struct.pack_into("<q", second, 168, 544)
-    assert images._expected_length(bytes(second)) == 544 + 20 * 30 * 40 * 4
-    assert images._expected_length(bytes(540)) is None
 
 
 def test_a_damaged_checkpoint_is_not_continued_from(make_trainer) -> None:
