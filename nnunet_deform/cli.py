@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from nnunet_deform import __version__, activation
 
@@ -213,7 +213,9 @@ def _print_plan(planner: "NetworkPlanner") -> None:
     from nnunet_deform.plans.preprocessed import preprocessed_folders, preprocessing_commands
 
     base = planner.base_plans["plans_name"]
-    table = Table("configuration", "plan", "patch", "batch", "levels", "GB")
+    table = Table(
+        *(Column(name, overflow="fold") for name in ("configuration", "plan", "patch", "batch", "levels", "GB"))
+    )
 
     def cells(choice: "Choice") -> list[str]:
         gigabytes = "no estimate" if choice.gigabytes is None else f"{choice.gigabytes:.1f}"

@@ -36,8 +36,9 @@ _OURS = {
     MAGIC["residual"]: BytesPerElement(7.64, 3.80, 3.87),
 }
 
-# nnU-Net's planners say how many elements of one sample, at which batch, they give a GPU of so many GB: ExperimentPlanner
-# for 8, nnUNetPlannerResEncL for 24, nnUNetPlannerResEncXL for 40. On an A100 nnU-Net measured 7.7, 22.7 and 36.6 GB.
+# nnU-Net's planners say how many elements of one sample, at which batch, a GPU of so many GB has room for:
+# ExperimentPlanner for 8, nnUNetPlannerResEncL for 24, nnUNetPlannerResEncXL for 40. Its authors report 7.7, 22.7 and
+# 36.6 GB in use by such plans (documentation/resenc_presets.md).
 _GIGABYTES = (0, 8, 24, 40)
 _ELEMENTS = {2: (0, 85e6, 380e6, 560e6), 3: (0, 560e6, 2100e6, 3600e6)}
 _REFERENCE_BATCH = {2: 12, 3: 2}

@@ -329,9 +329,9 @@ PLANNERS = {
 
 def _find_dataset(dataset_name_or_id: str | int) -> str:
     """The dataset's name, which nnUNet_raw holds."""
-    for variable in (nnUNet_raw, nnUNet_preprocessed):
-        if not variable.is_set():
-            raise PlanError(f"the environment variable {variable._env_var_name} is not set.")
+    for variable, path in (("nnUNet_raw", nnUNet_raw), ("nnUNet_preprocessed", nnUNet_preprocessed)):
+        if not path.is_set():
+            raise PlanError(f"the environment variable {variable} is not set.")
     name = str(dataset_name_or_id)
     if not name.startswith("Dataset"):
         if not name.isdecimal():
