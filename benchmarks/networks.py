@@ -1,87 +1,121 @@
-"""DeformUX-Net beside its twin without deformation, itself with the portable operator, and nnU-Net's PlainConvUNet.
+"""Training step and prediction of our networks, their controls and nnU-Net's PlainConvUNet on one plan.
 
-    python benchmarks/networks.py [--patch 40 56 40] [--batch 2] [--device cpu] [--threads 1] [--output FOLDER]
+    python benchmarks/networks.py [--patch 40 56 40] [--batch 2] [--channels 1] [--device cpu] [--threads 1]
+                                  [--only NAME ...] [--skip-training] [--output FILE.json]
 
-All have the topology of one nnU-Net plan, three classes and deep supervision. A training step is forward, loss,
-backward and SGD (float32 on the CPU, bfloat16 autocast on CUDA); an inference patch is one forward pass. They take
-turns in every round, and the fastest round counts: CPU time with one thread, else wall time. The peak memory is what a
-training step holds at most beyond weights, momentum and gradients, each measured in a process of its own on the CPU.
+The plan is nnU-Net's for this patch at isotropic spacing, with three classes. A training step is forward, Dice and
+cross-entropy under deep supervision, backward and SGD (float32 on the CPU, bfloat16 autocast on CUDA); prediction is
+one forward pass of one sample. The networks take turns in every round, and the fastest round counts: CPU time with one
+thread, else wall time. The peak memory of a training step is what it holds at most beyond weights, gradients and
+momentum, that of prediction beyond network and image; each is measured in a process of its own on the CPU.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
-from nnunet_deform.networks import DeformUXNet
 from nnunet_deform.ops import BACKEND_VARIABLE
+from nnunet_deform.plans import deformux_architecture, lightmedseg_architecture, magic_architecture
 
 CLASSES = 3
+STOCK = "PlainConvUNet"
 OFFSET_SPREAD = 0.5  # voxels: about what training ends with; at zero every sample would be an exact voxel
 
-# Network and backend of the operator; None chooses the fastest.
+
+@dataclass(frozen=True)
+class Contender:
+    """How a network comes from the plan's own ``architecture`` and patch, and the operator's backend; None: fastest."""
+
+    architecture: Callable[..., dict[str, Any]]
+    backend: str | None = None
+
+
 CONTENDERS = {
-    "DeformUX-Net": ("deformable", None),
-    "DeformUX-Net, torch backend": ("deformable", "torch"),
-    "op-off twin": ("twin", None),
-    "PlainConvUNet": ("stock", None),
+    STOCK: Contender(lambda base, patch: base),
+    "DeformUX-Net": Contender(deformux_architecture),
+    "DeformUX-Net, torch backend": Contender(deformux_architecture, "torch"),
+    "DeformUX-Net, op-off twin": Contender(partial(deformux_architecture, deformable=False)),
+    "LightMedSeg": Contender(lightmedseg_architecture),
+    "LightMedSeg, standard convolutions": Contender(partial(lightmedseg_architecture, ghost=False)),
+    "LightMedSeg, op-off twin": Contender(partial(lightmedseg_architecture, op_off=True)),
+    "MAGIC 4x": Contender(magic_architecture),
+    "MAGIC, static twin": Contender(partial(magic_architecture, attention="uniform", keep_dead_attention=True)),
 }
 
 
-def strides_of(patch: tuple[int, ...]) -> list[list[int]]:
-    """Halved until an axis is shorter than 8 voxels, as nnU-Net's planner does for isotropic spacing."""
+def planned(patch: Sequence[int]) -> dict[str, Any]:
+    """The ``architecture`` that nnU-Net plans: axes halved while 4 voxels remain, at most six levels."""
     size, strides = list(patch), [[1] * len(patch)]
     while len(strides) < 6 and any(s // 2 >= 4 for s in size):
         strides.append([2 if s // 2 >= 4 else 1 for s in size])
         size = [s // step for s, step in zip(size, strides[-1], strict=True)]
-    return strides
-
-
-def build(kind: str, patch: tuple[int, ...]) -> nn.Module:
-    torch.manual_seed(0)
-    strides = strides_of(patch)
     levels = len(strides)
-    topology = (nn.Conv3d, [[3, 3, 3]] * levels, strides)
-    if kind == "stock":
-        features = [min(32 * 2**level, 320) for level in range(levels)]
-        norm_and_activation = {
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": levels,
+            "features_per_stage": [min(32 * 2**level, 320) for level in range(levels)],
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[3, 3, 3]] * levels,
+            "strides": strides,
+            "n_conv_per_stage": [2] * levels,
+            "n_conv_per_stage_decoder": [2] * (levels - 1),
             "conv_bias": True,
-            "norm_op": nn.InstanceNorm3d,
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "nonlin": nn.LeakyReLU,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
             "nonlin_kwargs": {"inplace": True},
-        }
-        network = PlainConvUNet(
-            1, levels, features, *topology, 2, CLASSES, 2, **norm_and_activation, deep_supervision=True
-        )
-        network.apply(PlainConvUNet.initialize)
-        return network
-    features = [min(48 * 2**level, 768) for level in range(levels)]
-    network = DeformUXNet(
-        1, levels, features, *topology, CLASSES, deep_supervision=True, deformable=kind == "deformable"
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def build(name: str, patch: Sequence[int], channels: int) -> nn.Module:
+    torch.manual_seed(0)
+    architecture = CONTENDERS[name].architecture(planned(patch), patch)
+    network = get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        channels,
+        CLASSES,
+        allow_init=True,
+        deep_supervision=True,
     )
-    network.apply(DeformUXNet.initialize)
-    for name, parameter in network.named_parameters():
-        if name.endswith("offset.bias"):
+    for parameter_name, parameter in network.named_parameters():
+        if parameter_name.endswith("offset.bias"):
             nn.init.normal_(parameter, std=OFFSET_SPREAD)
     return network
 
 
 class Case:
-    """One contender, ready to train on one batch."""
+    """One contender, ready to train on one batch and to predict its first sample."""
 
-    def __init__(self, kind: str, backend: str | None, patch: tuple[int, ...], batch: int, device: str) -> None:
-        self.backend = backend
+    def __init__(self, name: str, patch: Sequence[int], batch: int, channels: int, device: str) -> None:
+        self.backend = CONTENDERS[name].backend
         self.device = device
-        self.network = build(kind, patch).to(device)
+        self.network = build(name, patch, channels).to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.99, nesterov=True)
-        self.image = torch.randn(batch, 1, *patch, device=device)
+        generator = torch.Generator().manual_seed(0)
+        self.image = torch.randn(batch, channels, *patch, generator=generator).to(device)
+        self.target = torch.randint(CLASSES, (batch, 1, *patch), generator=generator).float().to(device)
+        dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+        self.loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
 
     def forward(self, image: Tensor) -> list[Tensor] | Tensor:
         os.environ.pop(BACKEND_VARIABLE, None)
@@ -91,86 +125,96 @@ class Case:
             return self.network(image)
 
     def training_step(self) -> None:
-        self.network.decoder.deep_supervision = True
-        self.optimizer.zero_grad(set_to_none=True)
-        sum(output.float().square().mean() for output in self.forward(self.image)).backward()
+        self.network.train().decoder.deep_supervision = True
+        self.optimizer.zero_grad(set_to_none=False)
+        outputs = self.forward(self.image)
+        weights = [1 / 2**level for level in range(len(outputs))]
+        targets = [nn.functional.interpolate(self.target, output.shape[2:]) for output in outputs]
+        DeepSupervisionWrapper(self.loss, weights)([output.float() for output in outputs], targets).backward()
         self.optimizer.step()
 
-    def inference(self) -> None:
-        self.network.decoder.deep_supervision = False
+    def prediction(self) -> None:
+        self.network.eval().decoder.deep_supervision = False
         with torch.inference_mode():
             self.forward(self.image[:1])
 
 
-def peak_memory(case_arguments: tuple) -> int:
-    """Bytes that a training step holds at most beyond weights, momentum and gradients."""
+def peak_memory(what: str, case_arguments: tuple) -> int:
+    """Bytes that a training step or a prediction holds at most beyond what is there before it."""
     case = Case(*case_arguments)
+    run = getattr(case, what)
     if case.device == "cuda":
-        case.training_step()
-        case.optimizer.zero_grad(set_to_none=False)
+        run()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        case.training_step()
+        run()
         return torch.cuda.max_memory_allocated() - before
     peak = PeakMemory()
-    case.training_step()
+    run()
     peak.start()
-    case.training_step()
+    run()
     return peak.bytes()
 
 
-def measure(patch: tuple[int, ...], batch: int, device: str, threads: int, rounds: int) -> list[dict]:
+def measure(
+    names: Sequence[str], whats: Sequence[str], case_arguments: tuple, device: str, threads: int, rounds: int
+) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
     clock = clock_of(device, threads)
-    arguments = {name: (*options, patch, batch, device) for name, options in CONTENDERS.items()}
-    cases = {name: Case(*options) for name, options in arguments.items()}
-    times = {
-        what: fastest(rounds, {name: getattr(case, what) for name, case in cases.items()}, clock)
-        for what in ("training_step", "inference")
+    cases = {name: Case(name, *case_arguments) for name in names}
+    rows = {
+        name: {"name": name, "parameters": sum(p.numel() for p in case.network.parameters())}
+        for name, case in cases.items()
     }
-    parameters = {name: sum(p.numel() for p in case.network.parameters()) for name, case in cases.items()}
+    times = {
+        what: fastest(rounds, {name: getattr(case, what) for name, case in cases.items()}, clock) for what in whats
+    }
     del cases
     memory_of = peak_memory if device == "cuda" else partial(in_own_process, threads, peak_memory)
-    rows = []
-    for name in CONTENDERS:
-        row = {"name": name, "parameters": parameters[name]}
-        for what, by_name in times.items():
-            row |= {f"{what}_ms": by_name[name], f"{what}_ratio": by_name["DeformUX-Net"] / by_name[name]}
-        row["peak_memory_bytes"] = memory_of(arguments[name]) if device == "cuda" or can_measure_memory() else None
-        rows.append(row)
-    return rows
+    for what in whats:
+        for name, row in rows.items():
+            row[f"{what}_ms"] = times[what][name]
+            row[f"{what}_time_ratio"] = times[what][name] / times[what][STOCK]
+            memory = memory_of(what, (name, *case_arguments)) if device == "cuda" or can_measure_memory() else None
+            row[f"{what}_peak_bytes"] = memory
+            row[f"{what}_peak_ratio"] = None if memory is None else memory / rows[STOCK][f"{what}_peak_bytes"]
+    return list(rows.values())
 
 
-def show(rows: list[dict]) -> None:
-    print(
-        f"{'':28} {'parameters':>11} {'training step':>14} {'ours/it':>9} {'inference':>12} {'ours/it':>9} {'peak':>9}"
-    )
+def show(rows: Sequence[dict[str, Any]], whats: Sequence[str]) -> None:
+    titles = "".join(f"{what.replace('_', ' '):>17}{'of stock':>10}{'peak':>11}{'of stock':>10}" for what in whats)
+    print(f"{'':36}{'parameters':>11}{titles}")
     for row in rows:
-        peak = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:.0f} MB"
-        print(
-            f"{row['name']:28} {row['parameters']:11,} {row['training_step_ms']:11.0f} ms"
-            f" {row['training_step_ratio']:9.2f} {row['inference_ms']:9.0f} ms {row['inference_ratio']:9.2f} {peak:>9}"
-        )
+        line = f"{row['name']:36}{row['parameters']:11,}"
+        for what in whats:
+            line += f"{row[f'{what}_ms']:14.0f} ms{row[f'{what}_time_ratio']:10.3f}"
+            if row[f"{what}_peak_bytes"] is not None:
+                line += f"{row[f'{what}_peak_bytes'] / 1e6:8.0f} MB{row[f'{what}_peak_ratio']:10.2f}"
+        print(line)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patch", type=int, nargs=3, default=(40, 56, 40))
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="folder for networks_DEVICE_THREADS.json")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CONTENDERS), help=f"beside {STOCK}")
+    parser.add_argument("--skip-training", action="store_true")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     about = describe()
-    rows = measure(tuple(arguments.patch), arguments.batch, arguments.device, arguments.threads, arguments.rounds)
-    show(rows)
+    names = [name for name in CONTENDERS if name == STOCK or arguments.only is None or name in arguments.only]
+    whats = ["prediction"] if arguments.skip_training else ["training_step", "prediction"]
+    settings = {name: getattr(arguments, name) for name in ("patch", "batch", "channels", "threads", "rounds")}
+    case_arguments = (tuple(arguments.patch), arguments.batch, arguments.channels, arguments.device)
+    rows = measure(names, whats, case_arguments, arguments.device, arguments.threads, arguments.rounds)
+    show(rows, whats)
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        settings = {name: getattr(arguments, name) for name in ("patch", "batch", "threads", "rounds")}
-        name = "networks_cuda" if arguments.device == "cuda" else f"networks_cpu_{arguments.threads}"
-        record = {**about, **settings, "results": rows}
-        (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({**about, **settings, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

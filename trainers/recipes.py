@@ -1,5 +1,7 @@
 """Recipes that more than one trainer follows."""
 
+from typing import ClassVar
+
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -8,6 +10,8 @@ from nnunet_deform.trainers.schedules import WarmupCosineSchedule
 
 class AdamWRecipe(nnUNetTrainer):
     """AdamW with warm-up and cosine, both by iteration."""
+
+    learning_rate: ClassVar[float] = 1e-3
 
     def __init__(
         self,
@@ -18,7 +22,7 @@ class AdamWRecipe(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 1e-3
+        self.initial_lr = self.learning_rate
         self.weight_decay = 1e-4
         self.warmup_epochs = 10
         self._iteration = 0

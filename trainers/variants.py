@@ -82,8 +82,10 @@ def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) ->
         bases.append(Shortened)
         attributes["variant_epochs"] = int(parts["epochs"])
         attributes["variant_iterations"] = int(parts["iterations"]) if parts["iterations"] else None
-    if parts["adamw"] and not issubclass(base, AdamWRecipe):
-        bases.append(AdamWRecipe)
+    if parts["adamw"]:
+        attributes["learning_rate"] = AdamWRecipe.learning_rate
+        if not issubclass(base, AdamWRecipe):
+            bases.append(AdamWRecipe)
     if not issubclass(base, AtomicCheckpoints):
         bases.append(AtomicCheckpoints)
     return type(name, (*bases, base), attributes)

@@ -18,6 +18,8 @@ from nnunet_deform.ops import autocast_disabled, concatenate_channels
 
 DETECTOR_WIDTH = 8
 DETECTOR_HIDDEN = 128
+# The sigmoid of it is 0.95. Gates that start half closed, one behind the other, leave little signal to learn from.
+GATE_BIAS = 3.0
 
 
 class GhostFeatures(nn.Module):
@@ -51,13 +53,14 @@ def ghost_or_standard(
 class SqueezeExcite(nn.Module):
     """Eq. 10: x * sigmoid(V2 silu(V1 mean(x) + c1) + c2), with max(4, C / 4) hidden units.
 
-    [B, C, *spatial] -> the same. In prediction it works in the memory of its input.
+    [B, C, *spatial] -> the same. It starts open. In prediction it works in the memory of its input.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(4, channels // 4)
         self.gate = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, channels), nn.Sigmoid())
+        nn.init.constant_(self.gate[2].bias, GATE_BIAS)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate(spatial_mean(x)).to(x.dtype)

@@ -260,10 +260,12 @@ def test_bfloat16_autocast_stays_close(name: str, plan: Plan):
     assert error.norm() < 0.2 * whole.norm()
 
 
-def test_compiles_as_one_graph(name: str):
+# The default backend, inductor, takes minutes to compile in C++.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_as_one_graph(name: str, backend: str):
     torch.compiler.reset()
     network = stir(ANISOTROPIC.network(name, deep_supervision=True))
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(network, fullgraph=True, backend=backend)
     image = ANISOTROPIC.image()
 
     def outputs_and_gradients(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -43,16 +43,21 @@ def test_options_of_the_ablations(make_trainer) -> None:
     assert twin.decoder.router.controllers is None
 
 
-def test_recipe_is_the_shared_one(make_trainer) -> None:
-    assert find_trainer("nnUNetTrainerLightMedSeg_AdamW").__mro__[1] is nnUNetTrainerLightMedSeg
+def test_recipe_is_the_shared_one_at_its_own_rate(make_trainer) -> None:
     assert nnUNetTrainerLightMedSeg.configure_optimizers is AdamWRecipe.configure_optimizers
+    for name, rate in (
+        ("nnUNetTrainerLightMedSeg", 4e-3),
+        ("nnUNetTrainerLightMedSeg_5epochs", 4e-3),
+        ("nnUNetTrainerLightMedSeg_AdamW", 1e-3),
+        ("nnUNetTrainerLightMedSeg_opOff_AdamW_4epochs_seed1", 1e-3),
+        ("nnUNetTrainer_AdamW", 1e-3),
+    ):
+        trainer = make_trainer(find_trainer(name))
+        assert (trainer.initial_lr, trainer.weight_decay) == (rate, 1e-4), name
+        trainer.initialize()
+        assert trainer.lr_scheduler.max_lr == rate, name
     trainer = make_trainer(nnUNetTrainerLightMedSeg)
-    assert (trainer.initial_lr, trainer.weight_decay, trainer.warmup_epochs, trainer.num_epochs) == (
-        1e-3,
-        1e-4,
-        10,
-        1000,
-    )
+    assert (trainer.warmup_epochs, trainer.num_epochs) == (10, 1000)
 
 
 def test_paper_recipe(make_trainer) -> None:
