@@ -319,6 +319,7 @@ def test_a_failed_write_leaves_the_old_plan(make_phantom: MakePhantom, monkeypat
     folder = make_phantom("Dataset505_Hippocampus")
     nnUNetPlannerDeformUX(505).plan_experiment()
     before = files(folder)
+    assert "nnUNetDeformUXPlans.json" in before
 
     def full(source, target):
         assert json.loads(Path(source).read_text())["plans_name"] == "nnUNetDeformUXPlans"
