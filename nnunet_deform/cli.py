@@ -77,8 +77,15 @@ def disable() -> None:
 
 
 @app.command()
-def status() -> None:
-    """Say what is installed and active, look up every trainer as nnU-Net does, and explain what is wrong."""
+def status(
+    trainer: Annotated[
+        list[str] | None, typer.Argument(help="Trainers to explain, besides ours.", show_default=False)
+    ] = None,
+) -> None:
+    """Say what is installed and active, look up every trainer as nnU-Net does, and explain what is wrong.
+
+    Plans in nnUNet_preprocessed and models in nnUNet_results are looked at, too.
+    """
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"nnunet-deform {__version__}, Python {platform.python_version()}")
     for package in ("nnunetv2", "torch", "dynamic-network-architectures"):
@@ -91,32 +98,38 @@ def status() -> None:
     enabled = Path(activation.pth_path())
     console.print(f"enabled for this environment: {enabled if enabled.exists() else 'no'}")
 
-    problems = activation.problems()
-    _print_trainers(console, problems)
-    _print_backends(console)
-    for problem in problems:
-        console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
-    if problems:
+    # First, because with other versions the imports below may fail.
+    versions = activation.version_problems()
+    _print_problems(console, versions)
+    from nnunet_deform import diagnosis
+
+    problems = [*activation.problems(), *_print_trainers(console)]
+    problems += [diagnosis.explain_missing_trainer(name) for name in trainer or () if diagnosis.lookup(name) is None]
+    problems += _print_backends(console)
+    problems += [*diagnosis.plan_problems(), *diagnosis.checkpoint_problems()]
+    for note in diagnosis.checkpoint_notes():
+        console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
+    _print_problems(console, problems)
+    if versions or problems:
         raise typer.Exit(1)
     console.print("[bold green]All is well:[/bold green] nnU-Net finds every trainer.")
 
 
-def _print_trainers(console: Console, problems: list[str]) -> None:
-    from nnunet_deform import trainers
+def _print_problems(console: Console, problems: list[str]) -> None:
+    for problem in problems:
+        console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+def _print_trainers(console: Console) -> list[str]:
+    from nnunet_deform import diagnosis, trainers
 
     table = Table("trainer", "nnU-Net's look-up")
+    problems = []
     for name in trainers.__all__:
-        try:
-            # nnU-Net prints where it searches.
-            with contextlib.redirect_stdout(io.StringIO()):
-                found = recursive_find_trainer_class_by_name(name)
-        except RuntimeError:
+        found = diagnosis.lookup(name)
+        if found is None:
             table.add_row(name, "[red]not found[/red]")
-            continue
-        if found is getattr(trainers, name):
+        elif found is getattr(trainers, name):
             table.add_row(name, "found")
         else:
             table.add_row(name, f"[red]another class, {found.__module__}[/red]")
@@ -125,14 +138,16 @@ def _print_trainers(console: Console, problems: list[str]) -> None:
                 f"leads to it from {activation.VARIABLE}."
             )
     console.print(table)
+    return problems
 
 
-def _print_backends(console: Console) -> None:
+def _print_backends(console: Console) -> list[str]:
     import torch
 
     from nnunet_deform.ops import backends_for, choose_backend
 
     table = Table("device", "backend", "state")
+    problems = []
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -147,12 +162,30 @@ def _print_backends(console: Console) -> None:
         try:
             chosen, _ = choose_backend(*tensors)
         except (ValueError, RuntimeError) as error:
-            table.add_row(device, "-", f"[red]{escape(str(error))}[/red]")
+            table.add_row(device, "-", "[red]none[/red]")
+            problems.append(f"On {device}: {error}")
             continue
         for name, reason in backends_for(*tensors).items():
             state = "used" if name == chosen else "available"
-            table.add_row(device, name, state if reason is None else f"cannot run: {reason}")
+            table.add_row(device, name, state if reason is None else f"cannot run: {escape(reason)}")
     console.print(table)
+    return problems
+
+
+@app.command()
+def check_images(
+    folder: Annotated[
+        Path, typer.Argument(help="Looked through with all folders below.", exists=True, file_okay=False)
+    ],
+) -> None:
+    """Find truncated and damaged NIfTI files, which nnU-Net would read without a word."""
+    from nnunet_deform.images import incomplete_images
+
+    problems = list(incomplete_images(folder))
+    _print_problems(Console(soft_wrap=True, highlight=False), problems)
+    if problems:
+        raise typer.Exit(1)
+    print(f"Every NIfTI file in {folder} is complete.")
 
 
 class Arch(str, Enum):
