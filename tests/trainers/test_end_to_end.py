@@ -27,7 +27,7 @@ all_trainers = pytest.mark.parametrize(
     "name", [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in trainers.__all__ if name not in MAIN)]
 )
 # Their options choose among three axes.
-ONLY_3D = ("nnUNetTrainerDeformUX_xy", "nnUNetTrainerDeformUX_xz")
+ONLY_3D = ("nnUNetTrainerDeformUX_xy", "nnUNetTrainerDeformUX_xz", "nnUNetTrainerDeformUX_yz")
 
 
 def train(name: str, configuration: str, fold: int, **options: bool) -> None:
