@@ -9,6 +9,7 @@ import os
 VARIABLE = "nnUNet_extTrainer"
 PTH_NAME = "nnunet_deform_activate.pth"
 OLDEST_NNUNETV2 = "2.8.1"
+_MODULE = "nnunet_deform_ext_trainers.py"
 
 # Runs at interpreter start. It must never break an environment, not even after nnunet-deform was uninstalled.
 _PTH_LINE = (
@@ -119,6 +120,56 @@ def problems() -> list[str]:
         found.append(
             f"{VARIABLE} does not name our folder {extension_folder()}, so nnU-Net cannot find our trainers. Run "
             'nnunet-deform enable once, or put eval "$(nnunet-deform env)" into your shell or job script.'
+        )
+    found += [
+        f"{VARIABLE} names {path!r}, the folder of another copy of nnunet-deform than this one ({extension_folder()}); "
+        "look for a line that sets it in your shell's start-up files and job scripts, and remove it."
+        for path in paths
+        if os.path.isfile(os.path.join(path, _MODULE)) and not _contains_ours([path])
+    ]
+    path = pth_path()
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            if file.read() != _PTH_LINE:
+                found.append(f"{path} was written by another version of nnunet-deform; run nnunet-deform enable again.")
+    return found
+
+
+def version_problems() -> list[str]:
+    """Installed packages that do not meet what this package requires, and a foreign nnU-Net on the PATH."""
+    import importlib.metadata
+    import shutil
+    import sysconfig
+
+    from packaging.requirements import Requirement
+
+    from nnunet_deform import __version__
+
+    found = []
+    for requirement in map(Requirement, importlib.metadata.requires("nnunet-deform") or ()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{requirement.name} is not installed; run: pip install '{wanted}'")
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            found.append(
+                f"{requirement.name} {installed} is installed, but nnunet-deform {__version__} needs "
+                f"{requirement.specifier}; run: pip install '{wanted}'"
+            )
+    installed = importlib.metadata.version("nnunet-deform")
+    if installed != __version__:
+        found.append(f"nnunet-deform was installed as {installed}, but its files are of {__version__}; reinstall it.")
+    command = shutil.which("nnUNetv2_train")
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    folders = [os.path.realpath(sysconfig.get_path("scripts", scheme)) for scheme in schemes]
+    if command is not None and os.path.realpath(os.path.dirname(command)) not in folders:
+        found.append(
+            f"nnUNetv2_train on your PATH is {command}, but this nnunet-deform belongs to the environment with "
+            f"{folders[0]}; activate that one, or install nnunet-deform into the other."
         )
     return found
 

@@ -1,19 +1,23 @@
-"""The command line: activation, status, demo, export, comparison. Training and prediction stay nnU-Net's commands."""
+"""The command line: activation, status, plans, demo, export, comparison. Training and prediction stay nnU-Net's."""
 
 import contextlib
 import io
 import platform
 from collections.abc import Iterator
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from nnunet_deform import __version__, activation
+
+if TYPE_CHECKING:
+    from nnunet_deform.plans.planners import Choice, NetworkPlanner
 
 app = typer.Typer(
     name="nnunet-deform",
@@ -74,8 +78,15 @@ def disable() -> None:
 
 
 @app.command()
-def status() -> None:
-    """Say what is installed and active, look up every trainer as nnU-Net does, and explain what is wrong."""
+def status(
+    trainer: Annotated[
+        list[str] | None, typer.Argument(help="Trainers to explain, besides ours.", show_default=False)
+    ] = None,
+) -> None:
+    """Say what is installed and active, look up every trainer as nnU-Net does, and explain what is wrong.
+
+    Plans in nnUNet_preprocessed and models in nnUNet_results are looked at, too.
+    """
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"nnunet-deform {__version__}, Python {platform.python_version()}")
     for package in ("nnunetv2", "torch", "dynamic-network-architectures"):
@@ -88,32 +99,38 @@ def status() -> None:
     enabled = Path(activation.pth_path())
     console.print(f"enabled for this environment: {enabled if enabled.exists() else 'no'}")
 
-    problems = activation.problems()
-    _print_trainers(console, problems)
-    _print_backends(console)
-    for problem in problems:
-        console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
-    if problems:
+    # First, because with other versions the imports below may fail.
+    versions = activation.version_problems()
+    _print_problems(console, versions)
+    from nnunet_deform import diagnosis
+
+    problems = [*activation.problems(), *_print_trainers(console)]
+    problems += [diagnosis.explain_missing_trainer(name) for name in trainer or () if diagnosis.lookup(name) is None]
+    problems += _print_backends(console)
+    problems += [*diagnosis.plan_problems(), *diagnosis.checkpoint_problems()]
+    for note in diagnosis.checkpoint_notes():
+        console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
+    _print_problems(console, problems)
+    if versions or problems:
         raise typer.Exit(1)
     console.print("[bold green]All is well:[/bold green] nnU-Net finds every trainer.")
 
 
-def _print_trainers(console: Console, problems: list[str]) -> None:
-    from nnunet_deform import trainers
+def _print_problems(console: Console, problems: list[str]) -> None:
+    for problem in problems:
+        console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+def _print_trainers(console: Console) -> list[str]:
+    from nnunet_deform import diagnosis, trainers
 
     table = Table("trainer", "nnU-Net's look-up")
+    problems = []
     for name in trainers.__all__:
-        try:
-            # nnU-Net prints where it searches.
-            with contextlib.redirect_stdout(io.StringIO()):
-                found = recursive_find_trainer_class_by_name(name)
-        except RuntimeError:
+        found = diagnosis.lookup(name)
+        if found is None:
             table.add_row(name, "[red]not found[/red]")
-            continue
-        if found is getattr(trainers, name):
+        elif found is getattr(trainers, name):
             table.add_row(name, "found")
         else:
             table.add_row(name, f"[red]another class, {found.__module__}[/red]")
@@ -122,14 +139,16 @@ def _print_trainers(console: Console, problems: list[str]) -> None:
                 f"leads to it from {activation.VARIABLE}."
             )
     console.print(table)
+    return problems
 
 
-def _print_backends(console: Console) -> None:
+def _print_backends(console: Console) -> list[str]:
     import torch
 
     from nnunet_deform.ops import backends_for, choose_backend
 
     table = Table("device", "backend", "state")
+    problems = []
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -144,12 +163,134 @@ def _print_backends(console: Console) -> None:
         try:
             chosen, _ = choose_backend(*tensors)
         except (ValueError, RuntimeError) as error:
-            table.add_row(device, "-", f"[red]{escape(str(error))}[/red]")
+            table.add_row(device, "-", "[red]none[/red]")
+            problems.append(f"On {device}: {error}")
             continue
         for name, reason in backends_for(*tensors).items():
             state = "used" if name == chosen else "available"
-            table.add_row(device, name, state if reason is None else f"cannot run: {reason}")
+            table.add_row(device, name, state if reason is None else f"cannot run: {escape(reason)}")
     console.print(table)
+    return problems
+
+
+@app.command()
+def check_images(
+    folder: Annotated[
+        Path, typer.Argument(help="Looked through with all folders below.", exists=True, file_okay=False)
+    ],
+) -> None:
+    """Find truncated and damaged NIfTI files, which nnU-Net would read without a word."""
+    from nnunet_deform.images import incomplete_images
+
+    problems = list(incomplete_images(folder))
+    _print_problems(Console(soft_wrap=True, highlight=False), problems)
+    if problems:
+        raise typer.Exit(1)
+    print(f"Every NIfTI file in {folder} is complete.")
+
+
+class Arch(str, Enum):
+    """The keys of nnunet_deform.plans.planners.PLANNERS, which takes seconds to import."""
+
+    DEFORMUX = "deformux"
+    LIGHTMEDSEG = "lightmedseg"
+    MAGIC = "magic"
+    MAGIC_RESENC = "magic-resenc"
+
+
+class Preset(str, Enum):
+    """The keys of nnunet_deform.plans.planners.PRESETS."""
+
+    M = "M"
+    L = "L"
+    XL = "XL"
+
+
+@app.command()
+def plan(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="The dataset's number or name.")],
+    arch: Annotated[Arch, typer.Option("--arch", help="The network.")],
+    base: Annotated[str, typer.Option("--base", help="The plan to start from.")] = "nnUNetPlans",
+    preset: Annotated[
+        Preset | None,
+        typer.Option("--preset", help="Fit patch and batch to 8, 24 or 40 GB, as nnU-Net's ResEnc presets."),
+    ] = None,
+    vram: Annotated[float | None, typer.Option("--vram", help="Fit patch and batch to so many GB.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan of this name.")] = False,
+) -> None:
+    """Write a plan with one of our networks, for nnU-Net's own trainers (-p). Default: the base's patch and batch."""
+    if preset is not None and vram is not None:
+        raise _fail(f"--preset {preset.value} and --vram {vram:g} are two memory targets; give one.")
+    try:
+        activation.check_nnunetv2()
+    except activation.ActivationError as error:
+        raise _fail(str(error)) from None
+    # nnU-Net prints where its folders are.
+    with contextlib.redirect_stdout(io.StringIO()):
+        from nnunet_deform.plans.planners import PLANNERS, PRESETS, PlanError
+    planner_class = PLANNERS[arch.value]
+    try:
+        planner = planner_class(
+            dataset,
+            vram if preset is None else PRESETS[preset.value],
+            plans_name=f"nnUNet{planner_class.label}{'' if preset is None else preset.value}Plans",
+            base_plans_name=base,
+            overwrite=overwrite,
+        )
+        planner.plan_experiment()
+    except PlanError as error:
+        raise _fail(str(error)) from None
+    _print_plan(planner)
+
+
+def _print_plan(planner: "NetworkPlanner") -> None:
+    from nnunet_deform.plans.preprocessed import preprocessed_folders, preprocessing_commands
+
+    base = planner.base_plans["plans_name"]
+    table = Table(
+        *(Column(name, overflow="fold") for name in ("configuration", "plan", "patch", "batch", "levels", "GB"))
+    )
+
+    def cells(choice: "Choice") -> list[str]:
+        gigabytes = "no estimate" if choice.gigabytes is None else f"{choice.gigabytes:.1f}"
+        patch = " x ".join(map(str, choice.patch_size))
+        return [patch, str(choice.batch_size), str(choice.levels), gigabytes]
+
+    for configuration in planner.configurations:
+        table.add_row(configuration.name, planner.plans_identifier, *cells(configuration.ours))
+        table.add_row("", base, *cells(configuration.base))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    if planner.refits:
+        print(f"Patch and batch: as large as {planner.UNet_vram_target_GB:g} GB allow, by nnU-Net's search.")
+    else:
+        print(f"Patch and batch: those of {base}, so that only the network differs; --preset or --vram fits them.")
+    for configuration in planner.configurations:
+        if configuration.ours.levels < configuration.unet_levels:
+            print(
+                f"{configuration.name}: {configuration.ours.levels} levels, as many as {planner.label} has, in the "
+                f"place of a U-Net's {configuration.unet_levels}."
+            )
+        if configuration.ours.levels < 3:
+            print(
+                f"{configuration.name}: with {configuration.ours.levels} levels nnU-Net's deep supervision gives NaN; "
+                "train with nnUNetTrainerNoDeepSupervision, or with our trainers."
+            )
+    print(
+        "GB: as nnU-Net's planner counts them, the GPU for which it would plan a network that keeps as much for the "
+        "backward pass, in mixed precision."
+    )
+    print(f"Wrote {planner.target}")
+
+    folders = preprocessed_folders(planner.folder, planner.plans, base, planner.dataset)
+    for folder in folders:
+        state = "preprocessed already" if folder.complete else f"{folder.present} of {folder.expected} cases are there"
+        print(f"{folder.identifier} ({', '.join(folder.configurations)}): {state}")
+    commands = preprocessing_commands(planner.dataset_id, folders)
+    if commands:
+        print(f"To preprocess what is missing: {' && '.join(commands)}")
+    else:
+        print("Nothing is missing.")
 
 
 @app.command()

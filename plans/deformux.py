@@ -31,10 +31,10 @@ def deformux_architecture(
 
     Raises:
         ValueError: the plan has fewer than two levels, its architecture no strides, or the patch is too small.
-        NotImplementedError: ``offset_axes`` names an axis that the configuration does not have.
+        NotImplementedError: ``offset_axes`` names axes, which are a plane of three, and the configuration has two.
     """
     axes = network_options.get("offset_axes", ())
-    if not isinstance(axes, str) and any(axis >= len(patch_size) for axis in axes):
+    if axes and not isinstance(axes, str) and len(patch_size) < 3:
         raise NotImplementedError(
             f"offset_axes={tuple(axes)} is a choice among three axes, but the patch {list(patch_size)} has "
             f"{len(patch_size)}; use a 3D configuration, or the trainer without this option."

@@ -1,18 +1,18 @@
-"""What all our trainers share: a network made for the plan, atomic checkpoints, a word on memory before it runs out."""
+"""What all our trainers share: a network made for the plan, and a word on memory before it runs out."""
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, ClassVar
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunet_deform.plans.architecture import Architecture
 from nnunet_deform.plans.memory import estimated_gigabytes
+from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
+from nnunet_deform.trainers.numerical_guard import NumericalGuard
 
 MEMORY_ADVICE = (
     "use a smaller batch or patch (a copy of the plans file with a smaller batch_size or patch_size under another "
@@ -20,23 +20,7 @@ MEMORY_ADVICE = (
 )
 
 
-class AtomicCheckpoints(nnUNetTrainer):
-    """Checkpoints appear under their name only when they are complete, so a kill never leaves a broken one."""
-
-    def save_checkpoint(self, filename: str) -> None:
-        if self.local_rank != 0 or self.disable_checkpointing:
-            super().save_checkpoint(filename)
-            return
-        partial = f"{filename}.partial"
-        try:
-            super().save_checkpoint(partial)
-            os.replace(partial, filename)
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(partial)
-
-
-class PlannedNetworkTrainer(AtomicCheckpoints):
+class PlannedNetworkTrainer(NumericalGuard, AtomicCheckpoints):
     """nnU-Net's trainer with the network that ``architecture`` derives from the plan.
 
     A subclass sets ``architecture``, a function of :mod:`nnunet_deform.plans`, and an ablation of it

@@ -27,7 +27,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from nnunet_deform import trainers
-from nnunet_deform.trainers.base import AtomicCheckpoints
+from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
+from nnunet_deform.trainers.numerical_guard import NumericalGuard
 from nnunet_deform.trainers.recipes import AdamWRecipe
 
 _NAME = re.compile(
@@ -90,8 +91,7 @@ def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) ->
         attributes["learning_rate"] = AdamWRecipe.learning_rate
         if not issubclass(base, AdamWRecipe):
             bases.append(AdamWRecipe)
-    if not issubclass(base, AtomicCheckpoints):
-        bases.append(AtomicCheckpoints)
+    bases += [shared for shared in (NumericalGuard, AtomicCheckpoints) if not issubclass(base, shared)]
     return type(name, (*bases, base), attributes)
 
 

@@ -1,10 +1,11 @@
 """What training a network keeps in memory."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # What autograd keeps of nnU-Net's PlainConvUNet, in elements, for each element that nnU-Net's memory estimate counts.
 STORED_PER_COUNTED = 1.85
@@ -16,17 +17,44 @@ def kept_by_autograd(network: nn.Module, input_shape: Sequence[int]) -> int:
     The pass is made on the meta device, by a copy of the network, so it costs neither memory nor time.
     """
     network = copy.deepcopy(network).to("meta")
+    kept = _kept(network, torch.empty(tuple(input_shape), device="meta"))
+    return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept)
+
+
+def bytes_kept_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int], *, mixed_precision: bool) -> int:
+    """Bytes of the tensors that autograd keeps of a forward pass on a CUDA device, parameters left out.
+
+    The pass is made by fake tensors, which need no CUDA device.
+
+    Args:
+        build: makes the network.
+        input_shape: [B, C, *spatial].
+        mixed_precision: float16 autocast, as nnU-Net trains.
+    """
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network, image = build(), torch.empty(tuple(input_shape))
+        # torch.autocast would find no device and stay off.
+        torch.set_autocast_dtype("cuda", torch.float16)
+        torch.set_autocast_enabled("cuda", mixed_precision)
+        try:
+            kept = _kept(network, image)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+
+
+def _kept(network: nn.Module, image: Tensor) -> list[Tensor]:
+    """One tensor of each storage that autograd keeps of a forward pass, parameters left out."""
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Views of one storage are kept once.
-        kept[tensor.untyped_storage()._cdata] = tensor
+        # Views of one storage are kept once. Held here, no storage is freed and its address used again.
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The output holds the graph, and with it the storages, so that none is freed and its address used again.
-        output = network(torch.empty(tuple(input_shape), device="meta"))
-    sizes = [t.untyped_storage().nbytes() // t.element_size() for key, t in kept.items() if key not in own]
-    del output
-    return sum(sizes)
+        network(image)
+    return [tensor for key, tensor in kept.items() if key not in own]

@@ -1,7 +1,9 @@
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,10 @@ OURS = activation.extension_folder()
 @pytest.fixture
 def run(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.delenv(activation.VARIABLE, raising=False)
+    for name in (activation.VARIABLE, "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    # As in an activated environment, whichever way the tests were started.
+    monkeypatch.setenv("PATH", sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"])
     return lambda *arguments: CliRunner().invoke(cli.app, arguments)
 
 
@@ -151,7 +156,156 @@ def test_status_when_the_requested_backend_does_not_exist(run, pth, monkeypatch)
     monkeypatch.setenv(activation.VARIABLE, OURS)
     monkeypatch.setenv("NNUNET_DEFORM_BACKEND", "abacus")
     result = run("status")
-    assert "'abacus' names no backend" in result.output
+    assert result.exit_code == 1
+    assert "Problem: On cpu: NNUNET_DEFORM_BACKEND='abacus' names no backend" in result.output
+
+
+@pytest.fixture
+def active(run, pth, monkeypatch):
+    """``run`` with the plugin active, and a fast look-up, which other tests have run."""
+    from nnunet_deform import diagnosis
+    from nnunet_deform.trainers.variants import find_trainer
+
+    def found(name: str) -> type | None:
+        try:
+            return find_trainer(name)
+        except AttributeError:
+            return None
+
+    monkeypatch.setattr(diagnosis, "lookup", found)
+    monkeypatch.setenv(activation.VARIABLE, OURS)
+    return run
+
+
+def only_problem(result) -> str:
+    assert result.exit_code == 1, result.output
+    (problem,) = [line for line in result.output.splitlines() if line.startswith("Problem:")]
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("nnUNetTrainerDeformUX_4epochs_AdamW", "its name is nnUNetTrainerDeformUX_AdamW_4epochs."),
+        ("nnUNetTrainer_seed1_2epochs3iters", "its name is nnUNetTrainer_2epochs3iters_seed1."),
+        ("nnUNetTrainerDeformUx_AdamW", "(did you mean nnUNetTrainerDeformUX?)"),
+        (
+            "nnUNetTrainerOfMine",
+            "neither a trainer of nnunet-deform or nnU-Net nor a variant of one; if it is",
+        ),
+    ],
+)
+def test_status_explains_a_missing_trainer(active, name, answer):
+    problem = only_problem(active("status", name))
+    assert name in problem
+    assert answer in problem
+    assert active("status", "nnUNetTrainerDeformUX_AdamW_4epochs").exit_code == 0
+
+
+def test_status_with_another_copys_folder(active, monkeypatch, tmp_path):
+    other = tmp_path / "old" / "nnunet_deform" / "_ext"
+    other.mkdir(parents=True)
+    (other / "nnunet_deform_ext_trainers.py").touch()
+    monkeypatch.setenv(activation.VARIABLE, os.pathsep.join([str(other), OURS]))
+    assert f"names '{other}', the folder of another copy of nnunet-deform" in only_problem(active("status"))
+
+
+def test_status_with_an_activation_of_another_version(active, pth):
+    pth.write_text("import old_nnunet_deform")
+    assert f"{pth} was written by another version of nnunet-deform; run nnunet-deform enable again" in only_problem(
+        active("status")
+    )
+    active("enable")
+    assert active("status").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("package", "installed", "answer"),
+    [
+        ("torch", "2.9.1", "torch 2.9.1 is installed, but nnunet-deform"),
+        ("dynamic-network-architectures", "0.3", "run: pip install 'dynamic-network-architectures<0.5,>=0.4.4'"),
+        ("nnunet-deform", "0.0.1", f"was installed as 0.0.1, but its files are of {__version__}"),
+        ("rich", None, "rich is not installed; run: pip install 'rich>=13'"),
+    ],
+)
+def test_status_with_mismatched_versions(active, monkeypatch, package, installed, answer):
+    versions = importlib.metadata.version
+
+    def version(name):
+        if name == package and installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed if name == package else versions(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert answer in only_problem(active("status"))
+
+
+def test_status_with_another_environments_nnunet(active, monkeypatch, tmp_path):
+    command = tmp_path / "nnUNetv2_train"
+    command.write_text("#!/bin/sh")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    assert f"nnUNetv2_train on your PATH is {command}" in only_problem(active("status"))
+
+
+def test_status_without_the_compiled_kernel(active, monkeypatch):
+    from nnunet_deform.ops.backends import cpu
+
+    reason = "it was not built [no compiler]"
+    monkeypatch.setattr(cpu, "_library", lambda: reason)
+    result = active("status")
+    assert result.exit_code == 0
+    assert any("cpu" in line and f"cannot run: {reason}" in line for line in result.output.splitlines())
+    assert any("torch" in line and "used" in line for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_status_with_plans_that_cannot_be_used(active, monkeypatch, tmp_path, variable):
+    monkeypatch.setenv(variable, str(tmp_path))
+    folder = tmp_path / "Dataset001_A"
+    folder /= "" if variable == "nnUNet_preprocessed" else "nnUNetTrainer__Plans__2d"
+    folder.mkdir(parents=True)
+    path = folder / "plans.json"
+    plan = {"configurations": {"2d": {"architecture": {"network_class_name": "nnunet_deform.networks.DeformUXNet"}}}}
+    path.write_text(json.dumps(plan))
+    assert active("status").exit_code == 0
+    path.write_text(json.dumps(plan).replace("DeformUXNet", "DeformUXNet3000"))
+    problem = only_problem(active("status"))
+    assert f"{path} asks for the network nnunet_deform.networks.DeformUXNet3000, which cannot be imported" in problem
+    path.write_text(json.dumps(plan)[:20])
+    assert f"{path} cannot be read" in only_problem(active("status"))
+
+
+def test_status_with_models_that_cannot_be_used(active, monkeypatch, tmp_path):
+    import torch
+
+    from nnunet_deform.trainers import checkpoints
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+
+    def save(trainer: str, of_version: str) -> Path:
+        path = tmp_path / "Dataset001_A" / f"{trainer}__nnUNetPlans__2d" / "fold_0" / "checkpoint_final.pth"
+        path.parent.mkdir(parents=True)
+        torch.save({"weight": torch.ones(3)}, path)
+        monkeypatch.setattr(checkpoints, "__version__", of_version)
+        checkpoints._record_versions(str(path))
+        return path
+
+    ours = save("nnUNetTrainerDeformUX", __version__)
+    assert torch.load(ours)["weight"].sum() == 3
+    result = active("status")
+    assert result.exit_code == 0
+    assert "Note:" not in result.output
+    old = save("nnUNetTrainerMAGIC", "0.0.1")
+    result = active("status")
+    assert result.exit_code == 0
+    assert f"Note: {old.parents[1]} was trained with nnunet-deform 0.0.1, {__version__} is installed" in result.output
+    gone = save("nnUNetTrainerOfMine", __version__)
+    problem = only_problem(active("status"))
+    assert f"{gone.parents[1]} cannot be used for prediction here: nnUNetTrainerOfMine is neither" in problem
+    gone.unlink()
+    ours.write_bytes(ours.read_bytes()[:-100])
+    assert f"the checkpoint {ours} is damaged" in only_problem(active("status"))
 
 
 def test_compare_init_writes_a_file_that_loads_and_never_replaces_one(run, tmp_path):

@@ -132,5 +132,6 @@ def test_bad_plans():
     primus = {"network_class_name": "some.Transformer", "arch_kwargs": {}, "_kw_requires_import": []}
     with pytest.raises(ValueError, match=r"some\.Transformer has no strides and no kernel_sizes"):
         deformux_architecture(primus, (96, 96, 96))
-    with pytest.raises(NotImplementedError, match=r"offset_axes=\(0, 2\).*has 2"):
-        deformux_architecture(isotropic(4, ndim=2), (64, 64), offset_axes=(0, 2))
+    for axes in ((0, 2), (0, 1)):
+        with pytest.raises(NotImplementedError, match=rf"offset_axes=\({axes[0]}, {axes[1]}\).*has 2"):
+            deformux_architecture(isotropic(4, ndim=2), (64, 64), offset_axes=axes)

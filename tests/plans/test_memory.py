@@ -1,7 +1,139 @@
-import pytest
-from test_deformux_plan import isotropic
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from nnunet_deform.plans import deformux_architecture, estimated_gigabytes
+import pytest
+import torch
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from test_deformux_plan import isotropic, stock
+
+from nnunet_deform.plans import (
+    deformux_architecture,
+    estimated_gigabytes,
+    lightmedseg_architecture,
+    magic_architecture,
+    memory,
+)
+from nnunet_deform.plans.memory import elements_for, estimated_bytes, estimated_elements, kept_bytes
+
+ARCHITECTURES = {
+    "PlainConvUNet": lambda base, patch: base,
+    "DeformUXNet": deformux_architecture,
+    "LightMedSeg": lightmedseg_architecture,
+    "MagicPlainConvUNet": magic_architecture,
+    "MagicResidualEncoderUNet": partial(magic_architecture, encoder="residual"),
+}
+every_network = pytest.mark.parametrize("name", ARCHITECTURES)
+
+# Patch and spacing. The constants of plans/memory.py were measured on these,
+CALIBRATION = [((64, 64, 64), (1, 1, 1)), ((16, 128, 128), (4, 1, 1)), ((256, 192), (1, 1))]
+# and not on these, which have other numbers of levels: U-Nets of 3, 4, 6, 7, 6, 8 and 4.
+HELD_OUT = [
+    ((16, 16, 16), (1, 1, 1)),
+    ((40, 56, 40), (1, 1, 1)),
+    ((10, 256, 224), (10, 1.56, 1.56)),
+    pytest.param((20, 320, 256), (3.6, 0.6125, 0.6125), marks=pytest.mark.slow),
+    pytest.param((128, 128, 128), (1, 1, 1), marks=pytest.mark.slow),
+    pytest.param((512, 512), (1, 1), marks=pytest.mark.slow),
+    ((56, 40), (1, 1)),
+]
+
+
+def unet(patch: Sequence[int], spacing: Sequence[float]) -> dict[str, Any]:
+    """The U-Net that nnU-Net's planner gives this patch."""
+    _, strides, kernel_sizes, size, _ = get_pool_and_conv_props(spacing, patch, 4, 999999)
+    assert list(size) == list(patch)
+    planned = stock([[int(step) for step in stride] for stride in strides], [list(kernel) for kernel in kernel_sizes])
+    widest = 512 if len(patch) == 2 else 320
+    planned["arch_kwargs"]["features_per_stage"] = [min(32 * 2**level, widest) for level in range(len(strides))]
+    return planned
+
+
+@every_network
+@pytest.mark.parametrize(("patch", "spacing"), HELD_OUT, ids=lambda value: "x".join(map(str, value)))
+@pytest.mark.parametrize(
+    "mixed_precision", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["mixed", "float32"]
+)
+def test_the_estimate_is_within_a_tenth_of_what_autograd_keeps(name, patch, spacing, mixed_precision):
+    arguments = ARCHITECTURES[name](unet(patch, spacing), patch), patch, 2, 4
+    measured = kept_bytes(*arguments, mixed_precision=mixed_precision)
+    assert estimated_bytes(*arguments, mixed_precision=mixed_precision) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "LightMedSeg" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_the_constants_are_what_calibration_gives(name):
+    measured = {}
+    for patch, spacing in CALIBRATION:
+        architecture = ARCHITECTURES[name](unet(patch, spacing), patch)
+        with torch.device("meta"):
+            network = network_of(architecture)
+        for mixed_precision in (False, True):
+            kept = kept_bytes(architecture, patch, 1, 3, mixed_precision=mixed_precision)
+            measured[patch, mixed_precision] = kept / float(network.compute_conv_feature_map_size(patch))
+    (isotropic_3d, _), (anisotropic, _), (plane, _) = CALIBRATION
+    means = (
+        sum(measured[patch, False] for patch, _ in CALIBRATION) / 3,
+        measured[plane, True],
+        (measured[isotropic_3d, True] + measured[anisotropic, True]) / 2,
+    )
+    constants = memory._OURS.get(architecture["network_class_name"], memory._NNUNETS_OWN)
+    assert constants == pytest.approx(means, rel=0.005)
+
+
+def network_of(architecture: dict[str, Any]) -> torch.nn.Module:
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        1,
+        3,
+        allow_init=False,
+        deep_supervision=True,
+    )
+
+
+@every_network
+def test_fake_tensors_measure_what_a_cpu_keeps(name):
+    patch = (32, 32, 32)
+    architecture = ARCHITECTURES[name](isotropic(4), patch)
+    network = network_of(architecture)
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+
+    def kept_on_the_cpu(batch: int) -> int:
+        kept = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(torch.randn(batch, 1, *patch))
+        return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+    measured = kept_bytes(architecture, patch, 1, 3, mixed_precision=False)
+    # The CPU's convolution of few channels, LightMedSeg's, keeps its input filled up with zeros.
+    tolerance = 0.02 if name == "LightMedSeg" else 0.001
+    assert measured == pytest.approx(kept_on_the_cpu(2) - kept_on_the_cpu(1), rel=tolerance)
+
+
+def test_autocast_is_off_after_a_measurement():
+    kept_bytes(isotropic(3), (16,) * 3, 1, 3, mixed_precision=True)
+    assert not torch.is_autocast_enabled("cuda")
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("gigabytes", [0.5, 8, 11, 24, 31, 40, 80])
+def test_gigabytes_and_elements_are_each_others_inverse(ndim, gigabytes):
+    assert memory._gigabytes_for(elements_for(gigabytes, ndim), ndim) == pytest.approx(gigabytes, rel=1e-12)
+
+
+def test_beyond_the_largest_reference_memory_is_proportional():
+    assert elements_for(80, 3) == 2 * elements_for(40, 3) == 2 * 2 * 3600e6
+    assert elements_for(4, 2) == elements_for(8, 2) / 2 == 12 * 85e6 / 2
+    assert elements_for(16, 3) == 560e6 + 2100e6
 
 
 def test_a_plan_for_eight_gigabytes_stays_below_them():
@@ -19,9 +151,9 @@ def test_the_estimate_is_linear_in_the_batch_and_doubles_in_float32():
 def test_deformux_counts_more_than_the_stock_network():
     base = isotropic(4)
     ours = deformux_architecture(base, (40, 56, 40))
-    # 59.6 M elements of the reference's 2 * 560 M.
+    # 59.6 M elements of the reference's 560 M, and 4.04 bytes of each where nnU-Net's own network keeps 3.95.
     estimate = estimated_gigabytes(ours, (40, 56, 40), 2, 1, 3, mixed_precision=True)
-    assert estimate == pytest.approx(8 * 59.6 / 560, rel=0.002)
+    assert estimate == pytest.approx(8 * 59.6 / 560 * 4.04 / 3.95, rel=0.002)
     assert estimate > estimated_gigabytes(base, (40, 56, 40), 2, 1, 3, mixed_precision=True)
 
 
@@ -37,6 +169,7 @@ def test_no_estimate_for_a_network_that_gives_none():
         "_kw_requires_import": [],
     }
     assert estimated_gigabytes(linear, (8, 8), 1, 1, 2, mixed_precision=True) is None
+    assert estimated_elements(linear, (8, 8), 1, 2, mixed_precision=True) is None
 
 
 class Silent:

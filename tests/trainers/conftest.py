@@ -1,6 +1,7 @@
 """A tiny preprocessed dataset, as nnU-Net's planning and preprocessing would have left it."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,38 +11,14 @@ import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from phantoms import Scenario, prepare, threads_for_processes, unet_architecture, use, without_waiting
 
 from nnunet_deform import activation
+from nnunet_deform.plans import deformux
 
 MakeTrainer = Callable[..., nnUNetTrainer]
 
 DATASET = "Dataset999_Tiny"
-
-
-def unet_architecture(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """A plan's architecture entry for nnU-Net's own U-Net, as its planner writes it (but narrower)."""
-    ndim = len(strides[0])
-    levels = len(strides)
-    return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": levels,
-            "features_per_stage": [8 * 2**level for level in range(levels)],
-            "conv_op": f"torch.nn.modules.conv.Conv{ndim}d",
-            "kernel_sizes": [list(k) for k in kernel_sizes],
-            "strides": [list(s) for s in strides],
-            "n_conv_per_stage": [1] * levels,
-            "n_conv_per_stage_decoder": [1] * (levels - 1),
-            "conv_bias": True,
-            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{ndim}d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
 
 
 def _plans(patch_size: Sequence[int], architecture: dict[str, Any]) -> dict[str, Any]:
@@ -151,5 +128,47 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer
             for case in range(6):
                 _write_case(folder, f"case_{case}", patch_size, seed=case, ignore=dataset_json["labels"].get("ignore"))
         return trainer_class(plans | {"continue_training": False}, configuration, 0, dataset_json, torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scenario], Path]:
+    """Returns prepared(scenario): a folder with its raw and preprocessed data, made once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(scenario: Scenario) -> Path:
+        if scenario.id not in folders:
+            folder = tmp_path_factory.mktemp(scenario.id)
+            with pytest.MonkeyPatch.context() as patch:
+                use(folder, patch)
+                threads_for_processes(patch)
+                patch.setenv("nnUNet_n_proc_DA", "1")  # planning takes it for a number of threads
+                prepare(folder, scenario)
+            folders[scenario.id] = folder
+        return folders[scenario.id]
+
+    return folder_of
+
+
+@pytest.fixture
+def workplace(prepared: Callable[[Scenario], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Returns workplace(scenario): nnU-Net's folders with a prepared dataset and no results yet.
+
+    The trainers have their own names and widths that two cores can train: DeformUX-Net's are divided by six.
+    """
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_compile", "f")
+    monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
+    monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
+    threads_for_processes(monkeypatch)
+    without_waiting(monkeypatch)
+
+    def make(scenario: Scenario) -> Path:
+        source = prepared(scenario)
+        for name in ("raw", "preprocessed"):
+            shutil.copytree(source / name, tmp_path / name)
+        use(tmp_path, monkeypatch)
+        return tmp_path
 
     return make

@@ -8,7 +8,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_deform import activation, trainers
-from nnunet_deform.trainers.base import AtomicCheckpoints
+from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
+from nnunet_deform.trainers.numerical_guard import NumericalGuard
 from nnunet_deform.trainers.variants import find_trainer
 
 VARIANTS = [
@@ -36,6 +37,7 @@ def test_nnunet_finds_the_same_picklable_class_each_time(name: str) -> None:
     assert found.__name__ == name
     assert issubclass(found, nnUNetTrainer)
     assert issubclass(found, AtomicCheckpoints)
+    assert issubclass(found, NumericalGuard)
     assert recursive_find_trainer_class_by_name(name) is found
     assert pickle.loads(pickle.dumps(found)) is found
 

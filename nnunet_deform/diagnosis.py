@@ -1,0 +1,119 @@
+"""What ``nnunet-deform status`` looks for: one sentence for each thing that is wrong, and what to do about it."""
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import pydoc
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from nnunet_deform import __version__, activation, trainers
+from nnunet_deform.trainers.checkpoints import checkpoint_versions
+from nnunet_deform.trainers.variants import find_trainer
+
+_SUFFIXES = (r"_AdamW(?![a-z])", r"_\d+epochs(?:\d+iters)?", r"_seed\d+")
+
+
+def lookup(name: str) -> type | None:
+    """The class that nnU-Net's own look-up gives for a trainer's name, None where it finds none."""
+    # nnU-Net prints where it searches.
+    with contextlib.redirect_stdout(io.StringIO()):
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+        try:
+            return recursive_find_trainer_class_by_name(name)
+        except RuntimeError:
+            return None
+
+
+def explain_missing_trainer(name: str) -> str:
+    """Why nnU-Net does not find a trainer, in one sentence with what to do."""
+    base, suffixes = name, []
+    for pattern in _SUFFIXES:
+        suffixes += re.findall(pattern, base)
+        base = re.sub(pattern, "", base)
+    ordered = base + "".join(suffixes)
+    try:
+        find_trainer(ordered)
+    except AttributeError:
+        known = difflib.get_close_matches(base, trainers.__all__, n=1, cutoff=0.8)
+        hint = f" (did you mean {known[0]}?)" if known else ""
+        return (
+            f"{name} is neither a trainer of nnunet-deform or nnU-Net nor a variant of one{hint}; if it is your own, "
+            f"name its folder in {activation.VARIABLE}."
+        )
+    if ordered != name:
+        return f"{name} has its suffixes in another order than _AdamW, _epochs, _seed; its name is {ordered}."
+    return f"{name} is ours, but nnU-Net cannot find it, because the plugin is not active here."
+
+
+def plan_problems() -> list[str]:
+    """Plans in nnUNet_preprocessed and nnUNet_results that cannot be read, or whose network cannot be imported."""
+    found = []
+    for path in (*_files("nnUNet_preprocessed", "*/*.json"), *_files("nnUNet_results", "*/*/plans.json")):
+        try:
+            plans = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            found.append(f"{path} cannot be read ({error}); plan again, or take it from a copy.")
+            continue
+        if not isinstance(plans, dict) or "configurations" not in plans:
+            continue
+        names = {
+            c["architecture"]["network_class_name"] for c in plans["configurations"].values() if "architecture" in c
+        }
+        for name in sorted(names):
+            if not _importable(name):
+                found.append(
+                    f"{path} asks for the network {name}, which cannot be imported here; install the package it comes "
+                    "from, in the version that wrote the plan."
+                )
+    return found
+
+
+def _importable(name: str) -> bool:
+    try:
+        return pydoc.locate(name) is not None
+    except pydoc.ErrorDuringImport:
+        return False
+
+
+def checkpoint_problems() -> list[str]:
+    """Trained models in nnUNet_results that cannot be used: trainer not found, checkpoint damaged."""
+    models: dict[str, Path] = {}
+    found = []
+    for path in _files("nnUNet_results", "*/*__*__*/fold_*/checkpoint_*.pth"):
+        models.setdefault(path.parts[-3].split("__")[0], path.parents[1])
+        try:
+            checkpoint_versions(str(path))
+        except RuntimeError as error:
+            found.append(str(error))
+    for name, folder in models.items():
+        if lookup(name) is None:
+            found.append(f"{folder} cannot be used for prediction here: {explain_missing_trainer(name)}")
+    return found
+
+
+def checkpoint_notes() -> list[str]:
+    """Checkpoints that other versions of nnunet-deform or nnU-Net wrote, one note for each model."""
+    here = {"nnunet-deform": __version__, "nnunetv2": metadata.version("nnunetv2")}
+    notes: dict[str, None] = {}
+    for path in _files("nnUNet_results", "*/*__*__*/fold_*/checkpoint_*.pth"):
+        with contextlib.suppress(RuntimeError):
+            versions = checkpoint_versions(str(path))
+            for package, version in here.items():
+                if versions.get(package, version) != version:
+                    notes[
+                        f"{path.parents[1]} was trained with {package} {versions[package]}, {version} is installed; if "
+                        f"loading or results differ, run: pip install '{package}=={versions[package]}'"
+                    ] = None
+    return list(notes)
+
+
+def _files(variable: str, pattern: str) -> Iterator[Path]:
+    folder = os.environ.get(variable)
+    if folder:
+        yield from sorted(Path(folder).glob(pattern))

@@ -1,0 +1,266 @@
+"""Small datasets on disk, planned and preprocessed by nnU-Net itself, and what to train on them."""
+
+import functools
+import json
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nnunetv2.ensembling.ensemble
+import nnunetv2.evaluation.evaluate_predictions
+import nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor
+import nnunetv2.experiment_planning.verify_dataset_integrity
+import nnunetv2.inference.predict_from_raw_data
+import nnunetv2.postprocessing.remove_connected_components
+import nnunetv2.preprocessing.preprocessors.default_preprocessor
+import nnunetv2.run.run_training
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+    extract_fingerprint_dataset,
+    plan_experiments,
+    preprocess_dataset,
+)
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+CASES = 4
+FOLDS = [
+    {"train": ["case_1", "case_2", "case_3"], "val": ["case_0"]},
+    {"train": ["case_0"], "val": ["case_1", "case_2", "case_3"]},
+]
+LABELS = {"background": 0, "bright": 1, "dark": 2}
+REGIONS = {"background": 0, "both": [1, 2], "dark": 2}
+
+# Every place where nnU-Net starts worker processes; each of them would import torch for seconds.
+_POOLS = (
+    nnunetv2.ensembling.ensemble,
+    nnunetv2.evaluation.evaluate_predictions,
+    nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor,
+    nnunetv2.experiment_planning.verify_dataset_integrity,
+    nnunetv2.postprocessing.remove_connected_components,
+    nnunetv2.preprocessing.preprocessors.default_preprocessor,
+    nnunetv2.training.nnUNetTrainer.nnUNetTrainer,
+)
+
+
+class _FewerSamples(DatasetFingerprintExtractor):
+    """nnU-Net draws 100 million voxels, whatever the size of the images."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 10_000
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A dataset and a plan for it.
+
+    Args:
+        id: name of the scenario.
+        configurations: trained one after the other.
+        size: of the training images in voxels, (z, y, x).
+        patch: of the plan.
+        strides, kernel_sizes: of each level of the plan.
+        spacing: in mm, (z, y, x).
+        channels: of an image.
+        labels: as in dataset.json.
+        ignore: whether a part of each image is not labelled.
+        batch_size: of the plan.
+    """
+
+    id: str
+    size: tuple[int, int, int]
+    patch: tuple[int, ...]
+    strides: Sequence[Sequence[int]]
+    kernel_sizes: Sequence[Sequence[int]]
+    configurations: tuple[str, ...] = ("3d_fullres",)
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    channels: int = 1
+    labels: Mapping[str, Any] = field(default_factory=lambda: LABELS)
+    ignore: bool = False
+    batch_size: int = 2
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def regions(self) -> bool:
+        return any(isinstance(value, list) for value in self.labels.values())
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        return {
+            "channel_names": {str(channel): "noise" for channel in range(self.channels)},
+            "labels": {**self.labels, **({"ignore": 3} if self.ignore else {})},
+            **({"regions_class_order": [1, 2]} if self.regions else {}),
+            "numTraining": CASES,
+            "file_ending": ".nii.gz",
+        }
+
+
+def _levels(strides: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Strides, and the kernels that nnU-Net gives along with them: 1 along an axis until it is first pooled."""
+    kernels = []
+    for level in range(len(strides)):
+        following = strides[: level + 2]
+        kernels.append([3 if any(s[axis] > 1 for s in following) else 1 for axis in range(len(strides[0]))])
+    return {"strides": strides, "kernel_sizes": kernels}
+
+
+ISOTROPIC = _levels([[1, 1, 1], [2, 2, 2], [2, 2, 2]])
+SCENARIOS = {
+    scenario.id: scenario
+    for scenario in (
+        Scenario("isotropic", (32, 32, 32), (32, 32, 32), **ISOTROPIC),
+        Scenario("odd", (24, 40, 56), (24, 40, 56), **ISOTROPIC, channels=2, batch_size=1),
+        Scenario(
+            "anisotropic",
+            (20, 80, 64),
+            (20, 80, 64),
+            **_levels([[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]]),
+            spacing=(4.0, 1.0, 1.0),
+        ),
+        Scenario("2d", (8, 48, 40), (48, 40), **_levels([[1, 1], [2, 2], [2, 2]]), configurations=("2d",)),
+        Scenario(
+            "cascade", (24, 24, 24), (24, 24, 24), **ISOTROPIC, configurations=("3d_lowres", "3d_cascade_fullres")
+        ),
+        Scenario("regions", (24, 24, 24), (24, 24, 24), **ISOTROPIC, labels=REGIONS),
+        Scenario("ignore", (24, 24, 24), (24, 24, 24), **ISOTROPIC, ignore=True),
+        Scenario("regions-ignore", (24, 24, 24), (24, 24, 24), **ISOTROPIC, labels=REGIONS, ignore=True),
+    )
+}
+
+
+def unet_architecture(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A plan's architecture entry for nnU-Net's own U-Net, as its planner writes it (but narrower)."""
+    ndim = len(strides[0])
+    levels = len(strides)
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": levels,
+            "features_per_stage": [8 * 2**level for level in range(levels)],
+            "conv_op": f"torch.nn.modules.conv.Conv{ndim}d",
+            "kernel_sizes": [list(k) for k in kernel_sizes],
+            "strides": [list(s) for s in strides],
+            "n_conv_per_stage": [1] * levels,
+            "n_conv_per_stage_decoder": [1] * (levels - 1),
+            "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{ndim}d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def write_case(raw: Path, images: str, name: str, scenario: Scenario, size: Sequence[int], seed: int) -> None:
+    """A bright and a dark box on noise, in every channel, and their labels."""
+    rng = np.random.default_rng(seed)
+    segmentation = np.zeros(size, dtype=np.uint8)
+    for label in (1, 2):
+        corner = [rng.integers(0, s // 2 + 1) for s in size]
+        segmentation[tuple(slice(c, c + s // 2) for c, s in zip(corner, size, strict=True))] = label
+    for channel in range(scenario.channels):
+        values = rng.normal(0, 0.3, size) + (segmentation == 1) * 2.0 - (segmentation == 2) * 2.0
+        _write(raw / images / f"{name}_{channel:04d}.nii.gz", values.astype(np.float32), scenario.spacing)
+    if scenario.ignore:
+        segmentation[..., : size[-1] // 4] = 3
+    _write(raw / images.replace("images", "labels") / f"{name}.nii.gz", segmentation, scenario.spacing)
+
+
+def _write(path: Path, values: np.ndarray, spacing: Sequence[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(values)
+    image.SetSpacing(spacing[::-1])
+    sitk.WriteImage(image, str(path))
+
+
+def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point nnU-Net to the folders in ``folder``."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(folder / name))
+
+
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what costs seconds in each run of nnU-Net and has tests of its own: plots, and repeated look-ups."""
+    monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: Path(folder, "progress.png").touch())
+    for module in (nnunetv2.run.run_training, nnunetv2.inference.predict_from_raw_data):
+        monkeypatch.setattr(module, "recursive_find_trainer_class_by_name", _find_trainer)
+
+
+_find_trainer = functools.cache(recursive_find_trainer_class_by_name)
+
+
+def threads_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nnU-Net's pools be threads of this process."""
+    pools = SimpleNamespace(
+        get_context=lambda method: SimpleNamespace(Pool=ThreadPool), TimeoutError=multiprocessing.TimeoutError
+    )
+    for module in _POOLS:
+        monkeypatch.setattr(module, "multiprocessing", pools)
+
+
+def prepare(folder: Path, scenario: Scenario, name: str = "Dataset999_Phantom") -> None:
+    """Write the dataset into the folders that nnU-Net is pointed to, plan and preprocess it.
+
+    The fingerprint, the spacing and the normalisation are nnU-Net's own; patch, batch and U-Net are the scenario's.
+    """
+    raw = folder / "raw" / name
+    for case in range(CASES):
+        write_case(raw, "imagesTr", f"case_{case}", scenario, scenario.size, seed=case)
+    # Shorter than the patch along some axes and longer along others.
+    write_case(raw, "imagesTs", "test_0", scenario, [9, 17, 33], seed=100)
+    (raw / "dataset.json").write_text(json.dumps(scenario.dataset_json))
+    number = int(name[7:10])
+    with redirect_stdout(StringIO()):
+        extract_fingerprint_dataset(number, _FewerSamples, 1, check_dataset_integrity=True, show_progress_bar=False)
+        # The planner builds networks to count their feature maps; on this device they take no memory.
+        with torch.device("meta"):
+            plan_experiments([number])
+    preprocessed = folder / "preprocessed" / name
+    path = preprocessed / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    path.write_text(json.dumps(_with_scenario(plans, scenario)))
+    (preprocessed / "splits_final.json").write_text(json.dumps(FOLDS))
+    configurations = ["3d_fullres" if c == "3d_cascade_fullres" else c for c in scenario.configurations]
+    with redirect_stdout(StringIO()):
+        preprocess_dataset(number, "nnUNetPlans", configurations, num_processes=[1], show_progress_bar=False)
+
+
+def _with_scenario(plans: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
+    narrow = {
+        "patch_size": list(scenario.patch),
+        "batch_size": scenario.batch_size,
+        "architecture": unet_architecture(scenario.strides, scenario.kernel_sizes),
+    }
+    configurations = plans["configurations"]
+    base = "2d" if scenario.configurations == ("2d",) else "3d_fullres"
+    configurations[base] |= narrow
+    if "3d_lowres" in scenario.configurations:
+        configurations["3d_lowres"] = {
+            "inherits_from": "3d_fullres",
+            "data_identifier": "nnUNetPlans_3d_lowres",
+            "patch_size": [s // 2 for s in scenario.patch],
+            "spacing": [2 * s for s in scenario.spacing],
+            "median_image_size_in_voxels": [s / 2 for s in scenario.size],
+            "next_stage": "3d_cascade_fullres",
+        }
+        configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    return plans

@@ -1,0 +1,59 @@
+"""Two processes on a CPU train each network in DistributedDataParallel, which waits for every parameter's gradient."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from phantoms import SCENARIOS
+
+from nnunet_deform import trainers
+
+
+@pytest.fixture(scope="module")
+def results(prepared, tmp_path_factory) -> list[dict]:
+    """Of both processes, by trainer."""
+    folder = tmp_path_factory.mktemp("distributed")
+    source = prepared(SCENARIOS["cascade"])
+    preprocessed = folder / "preprocessed" / "Dataset999_Phantom"
+    preprocessed.parent.mkdir()
+    preprocessed.symlink_to(source / "preprocessed" / "Dataset999_Phantom")
+    environment = {
+        **os.environ,
+        **{f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")},
+        "nnUNet_n_proc_DA": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).with_name("ddp_process.py")
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(folder), *trainers.__all__],
+            env=environment,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        # When one fails, the other one would wait for it in vain.
+        while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", trainers.__all__)
+def test_equal_weights_after_two_steps_on_different_batches(results, name) -> None:
+    one, other = (result[name] for result in results)
+    assert one["losses"][0] != other["losses"][0]
+    assert one["end"] == other["end"]
+    assert one["end"] != one["start"]
+    assert one["single"] == other["single"] == [2, 3, 24, 24, 24]

@@ -1,0 +1,127 @@
+"""Killed at any time, the same command again finishes, as if nothing had been."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.run.run_training import run_training
+from phantoms import SCENARIOS
+
+DATASET = "Dataset999_Phantom"
+TRAINER = "nnUNetTrainerLightMedSeg_4epochs2iters_seed0"
+MODEL = f"{DATASET}/{TRAINER}__nnUNetPlans__3d_fullres"
+TRAIN = ("999", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu", "--c")
+
+
+class Command:
+    """One of nnU-Net's commands in a process of its own."""
+
+    def __init__(self, module: str, entry: str, *arguments: str) -> None:
+        code = f"from nnunetv2.{module} import {entry}; {entry}()"
+        # Spawned workers import the main module again, which must not start the command once more.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"if __name__ == '__main__':\n import torch\n {code}", *arguments],
+            env={**os.environ, "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def kill_when(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not happened():
+            assert self.process.poll() is None, self.process.stdout.read()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        self.process.send_signal(signal.SIGKILL)
+        assert self.process.wait() == -signal.SIGKILL
+        # The workers it leaves behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, output[-3000:]
+        return output
+
+
+def train() -> Command:
+    return Command("run.run_training", "run_training_entry", *TRAIN)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(fold: Path) -> dict[str, torch.Tensor]:
+    return torch.load(fold / "checkpoint_final.pth", weights_only=False)["network_weights"]
+
+
+@pytest.fixture
+def all_threads():
+    """As many as nnU-Net's command uses: sums in another order would not be bit-equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(multiprocessing.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
+def test_killed_in_training_validation_and_prediction(workplace, monkeypatch, tmp_path, all_threads) -> None:
+    root = workplace(SCENARIOS["ignore"])
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "undisturbed"))
+    run_training("999", "3d_fullres", 0, TRAINER, device=torch.device("cpu"))
+    undisturbed = tmp_path / "undisturbed" / MODEL
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    run_training("999", "3d_fullres", 1, TRAINER, device=torch.device("cpu"))
+    model = tmp_path / "results" / MODEL
+    fold = model / "fold_0"
+    finished_fold = contents(model / "fold_1")
+
+    def logged(text: str) -> bool:
+        return any(re.search(text, log.read_text()) for log in fold.glob("training_log_*.txt"))
+
+    train().kill_when(lambda: logged(r"Epoch 2 *\n"))
+    assert (fold / "checkpoint_latest.pth").is_file()
+    assert not (fold / "checkpoint_final.pth").exists()
+    seen = set(fold.glob("training_log_*.txt"))
+    train().kill_when(lambda: logged("predicting case_0"))
+    (second_log,) = set(fold.glob("training_log_*.txt")) - seen
+    # The epoch that was killed is the first to run again: nothing before it is lost.
+    assert re.findall(r"Epoch (\d+) *\n", second_log.read_text()) == ["2", "3"]
+    assert not (fold / "validation" / "summary.json").exists()
+    train().finish()
+
+    one, other = weights(fold), weights(undisturbed / "fold_0")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for name in ("case_0.nii.gz", "summary.json"):
+        written, expected = ((f / "fold_0" / "validation" / name).read_text("latin-1") for f in (model, undisturbed))
+        assert written.replace(str(model), str(undisturbed)) == expected
+    assert not list(fold.glob("*.partial"))
+    assert contents(model / "fold_1") == finished_fold
+
+    output = tmp_path / "predicted"
+    images = root / "raw" / DATASET / "imagesTr"
+    arguments = ("-d", "999", "-i", str(images), "-o", str(output), "-c", "3d_fullres", "-tr", TRAINER, "-f", "0")
+    predict = ("inference.predict_from_raw_data", "predict_entry_point", *arguments, "-device", "cpu", "-npp", "1")
+    Command(*predict, "-nps", "1").kill_when(lambda: any(output.glob("case_*.nii.gz")))
+    before = contents(fold)
+    Command(*predict, "-nps", "1").finish()
+    assert contents(fold) == before
+    predicted = {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in output.glob("case_*.nii.gz")}
+    assert sorted(predicted) == [f"case_{case}.nii.gz" for case in range(4)]
+    validated = sitk.GetArrayFromImage(sitk.ReadImage(str(fold / "validation" / "case_0.nii.gz")))
+    # Validation and prediction of one case are one and the same.
+    assert np.array_equal(predicted["case_0.nii.gz"], validated)
