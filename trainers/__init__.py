@@ -1,9 +1,24 @@
 """The trainers: recipes and nnU-Net's contract, no mathematics of networks.
 
-``__all__`` lists every trainer by name. Any of them, and any of nnU-Net's own, also takes a variant suffix:
+``__all__`` lists every trainer by name, ``BASELINES`` those of other libraries' networks. Any of them, and any of nnU-Net's own, also takes a variant suffix:
 see :mod:`nnunet_deform.trainers.variants`.
 """
 
+from nnunet_deform.trainers.baselines import (
+    nnUNetTrainerDynUNet,
+    nnUNetTrainerMedNeXt_B,
+    nnUNetTrainerMedNeXt_L,
+    nnUNetTrainerMedNeXt_M,
+    nnUNetTrainerMedNeXt_S,
+    nnUNetTrainerPrimus_B,
+    nnUNetTrainerPrimus_L,
+    nnUNetTrainerPrimus_M,
+    nnUNetTrainerPrimus_S,
+    nnUNetTrainerSegResNet,
+    nnUNetTrainerSwinUNETR,
+    nnUNetTrainerUNetPlusPlus,
+    nnUNetTrainerUNETR,
+)
 from nnunet_deform.trainers.deformux import (
     nnUNetTrainerDeformUX,
     nnUNetTrainerDeformUX_convnext,
@@ -48,7 +63,25 @@ from nnunet_deform.trainers.magic import (
     nnUNetTrainerMAGICResEnc,
 )
 
+# Of other libraries, at their own widths.
+BASELINES = (
+    "nnUNetTrainerDynUNet",
+    "nnUNetTrainerMedNeXt_B",
+    "nnUNetTrainerMedNeXt_L",
+    "nnUNetTrainerMedNeXt_M",
+    "nnUNetTrainerMedNeXt_S",
+    "nnUNetTrainerPrimus_B",
+    "nnUNetTrainerPrimus_L",
+    "nnUNetTrainerPrimus_M",
+    "nnUNetTrainerPrimus_S",
+    "nnUNetTrainerSegResNet",
+    "nnUNetTrainerSwinUNETR",
+    "nnUNetTrainerUNETR",
+    "nnUNetTrainerUNetPlusPlus",
+)
+
 __all__ = [
+    *BASELINES,
     "nnUNetTrainerDeformUX",
     "nnUNetTrainerDeformUX_convnext",
     "nnUNetTrainerDeformUX_dense",

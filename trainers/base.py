@@ -39,10 +39,10 @@ class PlannedNetworkTrainer(NumericalGuard, AtomicCheckpoints):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         # First, because nnU-Net's constructor makes the output folder, and a plan we cannot use should leave none.
-        levels = self._levels(PlansManager(plans).get_configuration(configuration))
+        outputs = self._outputs(PlansManager(plans).get_configuration(configuration))
         super().__init__(plans, configuration, fold, dataset_json, device)
         # nnU-Net gives the coarsest output weight zero, so a single one would be weighted 0 / 0.
-        if levels - 1 < 2:
+        if outputs < 2:
             self.enable_deep_supervision = False
 
     @classmethod
@@ -52,8 +52,9 @@ class PlannedNetworkTrainer(NumericalGuard, AtomicCheckpoints):
         return cls.architecture(base, configuration_manager.patch_size, **cls.network_options)
 
     @classmethod
-    def _levels(cls, configuration_manager: ConfigurationManager) -> int:
-        return len(cls.planned_architecture(configuration_manager)["arch_kwargs"]["strides"])
+    def _outputs(cls, configuration_manager: ConfigurationManager) -> int:
+        """The number of logits under deep supervision: one at each level but the coarsest."""
+        return len(cls.planned_architecture(configuration_manager)["arch_kwargs"]["strides"]) - 1
 
     @classmethod
     def build_network_architecture(
@@ -77,7 +78,7 @@ class PlannedNetworkTrainer(NumericalGuard, AtomicCheckpoints):
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         scales = super()._get_deep_supervision_scales()
-        return scales if scales is None else scales[: self._levels(self.configuration_manager) - 1]
+        return scales if scales is None else scales[: self._outputs(self.configuration_manager)]
 
     def on_train_start(self) -> None:
         super().on_train_start()

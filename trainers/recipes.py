@@ -27,7 +27,10 @@ class AdamWRecipe(nnUNetTrainer):
         self.warmup_epochs = 10
         self._iteration = 0
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosineSchedule]:
+    def configure_optimizers(self, stage: str | None = None) -> tuple[torch.optim.Optimizer, WarmupCosineSchedule]:
+        # nnU-Net's warm-up trainers (Primus) ask again at each stage of theirs; here there is one.
+        if stage is not None:
+            return self.optimizer, self.lr_scheduler
         matrices, vectors = [], []
         for parameter in self.network.parameters():
             (matrices if parameter.ndim > 1 else vectors).append(parameter)

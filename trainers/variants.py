@@ -15,6 +15,7 @@ again when it predicts. The suffixes mean:
   times as fast in 3D. Training and its mirroring augmentation are the same.
 """
 
+import math
 import random
 import re
 from os.path import join
@@ -118,6 +119,9 @@ class Shortened(nnUNetTrainer):
         for length in ("warmup_epochs", "annealing_epochs"):
             if hasattr(self, length):
                 setattr(self, length, min(getattr(self, length), self.num_epochs / 10))
+        if hasattr(self, "warmup_duration_whole_net"):
+            # Of nnU-Net's warm-up trainers, which compare it with the epoch.
+            self.warmup_duration_whole_net = min(self.warmup_duration_whole_net, math.ceil(self.num_epochs / 10))
 
 
 class Seeded(nnUNetTrainer):

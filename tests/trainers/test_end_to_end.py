@@ -1,4 +1,5 @@
-"""The whole life of a model in nnU-Net, in eight scenarios: the four main trainers, and with ``-m slow`` all others."""
+"""The whole life of a model in nnU-Net, in eight scenarios: the four main trainers, and with ``-m slow`` all
+others of networks of ours."""
 
 import itertools
 import json
@@ -24,7 +25,15 @@ DATASET = "Dataset999_Phantom"
 
 main_trainers = pytest.mark.parametrize("name", MAIN)
 all_trainers = pytest.mark.parametrize(
-    "name", [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in trainers.__all__ if name not in MAIN)]
+    "name",
+    [
+        *MAIN,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in trainers.__all__
+            if name not in (*MAIN, *trainers.BASELINES)
+        ),
+    ],
 )
 # Their options choose among three axes.
 ONLY_3D = ("nnUNetTrainerDeformUX_xy", "nnUNetTrainerDeformUX_xz", "nnUNetTrainerDeformUX_yz")

@@ -1,0 +1,58 @@
+"""A library's network on nnU-Net's terms: images of any size, and a list of logits under deep supervision."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from nnunet_deform.networks.topology import crop_to_image, pad_to_levels
+
+Strides = Sequence[Sequence[int]]
+
+
+class _Decoder(nn.Module):
+    """Where nnU-Net's trainer switches deep supervision; the layers of the decoder are the library's."""
+
+    def __init__(self, deep_supervision: bool) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+
+
+class PaddedNetwork(nn.Module):
+    """A network that takes images of any size, [B, C, *spatial], padded with zeros at the end of each axis.
+
+    Args:
+        network: returns the logits, [B, C, *spatial].
+        strides: of each level to the one before; their product on an axis is what sizes are padded to.
+        output_strides: of each of the logits to the one before. With a single one there is no deep supervision.
+        coarse_heads: the layers that only deep supervision needs. They are always built, so that weights load either
+            way, and not trained without it.
+        deep_supervision: return all logits instead of the finest. ``decoder.deep_supervision`` changes it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        strides: Strides,
+        output_strides: Strides,
+        coarse_heads: Sequence[nn.Module],
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.strides = strides
+        self.output_strides = output_strides
+        self.decoder = _Decoder(deep_supervision)
+        if not deep_supervision:
+            for head in coarse_heads:
+                head.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        size = x.shape[2:]
+        logits = self.logits(pad_to_levels(x, self.strides))
+        if self.decoder.deep_supervision and len(self.output_strides) > 1:
+            return crop_to_image(logits, size, self.output_strides)
+        return crop_to_image(logits[0], size, self.output_strides)
+
+    def logits(self, x: Tensor) -> list[Tensor]:
+        """Of a padded image, finest first; the coarse ones may be left out where deep supervision is off."""
+        return [self.network(x)]

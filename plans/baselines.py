@@ -1,0 +1,81 @@
+"""The architectures of MONAI's networks for a plan."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nnunet_deform.plans.architecture import Architecture, Topology, require_extent, topology_of
+
+_MODULE = "nnunet_deform.networks.baselines"
+# These halve every axis this often, whatever the plan's strides are; DynUNet is the one that follows them.
+_HALVINGS = {"SwinUNETR": 5, "UNETR": 4, "SegResNet": 3, "UNetPlusPlus": 4, "MedNeXt": 4}
+# The widths of the papers, or MONAI's own where those are meant for MONAI's version.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "SwinUNETR": {"feature_size": 48},
+    "UNETR": {"feature_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_heads": 12},
+    "SegResNet": {"init_filters": 32},
+    "DynUNet": {},
+    "UNetPlusPlus": {"features": [32, 32, 64, 128, 256, 32]},
+    "MedNeXt": {"variant": "S", "kernel_size": 3},
+}
+
+
+def baseline_architecture(
+    base: Mapping[str, Any], patch_size: Sequence[int], *, network: str, **network_options: Any
+) -> Architecture:
+    """The ``architecture`` entry that puts one of MONAI's networks in the place of a plan's.
+
+    DynUNet takes strides, kernels and widths from the plan. The others halve every axis a fixed number of times, so of
+    a plan they take the number of axes, and its patch is padded inside of them.
+
+    Args:
+        base: the plan's ``architecture``, a stock U-Net's.
+        patch_size: the plan's patch, in voxels.
+        network: "SwinUNETR", "UNETR", "SegResNet", "DynUNet", "UNetPlusPlus" or "MedNeXt".
+        network_options: further arguments of this class of :mod:`nnunet_deform.networks.baselines`.
+
+    Raises:
+        ImportError: MONAI is not installed.
+        NotImplementedError: DynUNet, and the plan has fewer than three levels.
+        ValueError: the patch is too small for the network's levels, or the plan has no strides or widths for DynUNet.
+    """
+    if importlib.util.find_spec("monai") is None:
+        raise ImportError(f"{network} is MONAI's, which is not installed: pip install 'nnunet-deform[baselines]'.")
+    ndim = len(patch_size)
+    options = {**_OPTIONS[network], **network_options}
+    if network == "DynUNet":
+        topology = topology_of(base, patch_size)
+        if len(topology.strides) < 3:
+            raise NotImplementedError(
+                f"MONAI's DynUNet needs at least three levels, and the plan has {len(topology.strides)} (strides "
+                f"{topology.strides}); plan with a larger patch than {list(patch_size)}."
+            )
+        if "features_per_stage" not in base["arch_kwargs"]:
+            raise ValueError(
+                f"the plan's architecture {base['network_class_name']} has no features_per_stage for DynUNet; start "
+                "from a plan of nnU-Net's own U-Nets (nnUNetPlans or a ResEnc plan)."
+            )
+        options = {
+            "kernel_sizes": topology.kernel_sizes,
+            "features_per_stage": list(base["arch_kwargs"]["features_per_stage"]),
+            **options,
+        }
+    else:
+        levels = _HALVINGS[network] + 1
+        topology = Topology([[1] * ndim] + [[2] * ndim] * (levels - 1), [[3] * ndim] * levels)
+    if network == "UNETR":
+        # Its coarsest level is a transformer's, which does not normalise over voxels.
+        options["patch_size"] = list(patch_size)
+    else:
+        require_extent(topology, patch_size)
+    full_resolution = [1] * ndim
+    output_strides = {
+        "DynUNet": topology.strides[:-1],
+        "UNetPlusPlus": [full_resolution] * 4,
+        "MedNeXt": topology.strides,
+    }.get(network, [full_resolution])
+    return {
+        "network_class_name": f"{_MODULE}.{network}",
+        "arch_kwargs": {"strides": topology.strides, "output_strides": output_strides, **options},
+        "_kw_requires_import": [],
+    }

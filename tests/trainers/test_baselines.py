@@ -1,0 +1,279 @@
+"""MONAI's networks and Primus as trainers: on isotropic, anisotropic and 2D plans, some of them not divisible."""
+
+import importlib.util
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
+from phantoms import unet_architecture
+from torch import Tensor
+
+from nnunet_deform.plans import baselines
+from nnunet_deform.plans.baselines import baseline_architecture
+from nnunet_deform.trainers import BASELINES
+from nnunet_deform.trainers.variants import find_trainer
+
+MONAI = [name for name in BASELINES if "Primus" not in name]
+NETWORKS = {
+    "nnUNetTrainerSwinUNETR": "SwinUNETR",
+    "nnUNetTrainerUNETR": "UNETR",
+    "nnUNetTrainerSegResNet": "SegResNet",
+    "nnUNetTrainerDynUNet": "DynUNet",
+    "nnUNetTrainerUNetPlusPlus": "UNetPlusPlus",
+    "nnUNetTrainerMedNeXt_S": "MedNeXt",
+}
+# MedNeXt B, M and L differ from S in numbers of MONAI's.
+RUN = [*NETWORKS, "nnUNetTrainerPrimus_S"]
+NARROW = {
+    "SwinUNETR": {"feature_size": 12},
+    "UNETR": {"feature_size": 4, "hidden_size": 12, "mlp_dim": 16, "num_heads": 2},
+    "SegResNet": {"init_filters": 8},
+    "DynUNet": {},
+    "UNetPlusPlus": {"features": [4, 4, 8, 8, 8, 4]},
+    "MedNeXt": {"variant": "S", "kernel_size": 3},
+}
+# Sizes that the plan's strides divide, as nnU-Net's planner makes them, and most networks' own do not.
+PLANS = {
+    "isotropic": {"patch_size": (24, 24, 40)},
+    "anisotropic": {
+        "patch_size": (10, 36, 20),
+        "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+        "kernel_sizes": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+    },
+    "2d": {"patch_size": (40, 36), "strides": ((1, 1), (2, 2), (2, 2))},
+}
+# nnU-Net gives the coarsest output weight zero.
+COARSEST = {
+    "DynUNet": "network.deep_supervision_heads.0",
+    "UNetPlusPlus": "network.final_conv_0_1",
+    "MedNeXt": "network.out_blocks.0",
+}
+
+
+class _TinyPrimus(primus_trainers.Primus):
+    """Of the stock trainer's arguments, those that make it large are replaced."""
+
+    def __init__(self, channels, embed_dim, tokens, classes, heads, depth, *arguments, **options) -> None:
+        super().__init__(channels, 24, tokens, classes, 1, 2, *arguments, **options)
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for network, options in NARROW.items():
+        monkeypatch.setitem(baselines._OPTIONS, network, options)
+    monkeypatch.setattr(primus_trainers, "Primus", _TinyPrimus)
+
+
+def plan_for(name: str, plan: str) -> dict:
+    """The plan; Swin UNETR halves five times, so it gets one of two voxels at its coarsest level."""
+    if name == "nnUNetTrainerSwinUNETR" and plan != "2d":
+        return {**PLANS[plan], "patch_size": (*PLANS[plan]["patch_size"][:2], 40)}
+    return PLANS[plan]
+
+
+def as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def test_the_tests_know_every_baseline() -> None:
+    assert {*RUN, "nnUNetTrainerMedNeXt_B", "nnUNetTrainerMedNeXt_M", "nnUNetTrainerMedNeXt_L"} | {
+        f"nnUNetTrainerPrimus_{size}" for size in "BML"
+    } == set(BASELINES)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", RUN)
+def test_a_step_a_validation_and_a_prediction(make_trainer, name, plan) -> None:
+    if plan == "2d" and "Primus" in name:
+        with pytest.raises(NotImplementedError, match="Primus has three axes, but the patch .40, 36. has 2; use a 3D"):
+            make_trainer(find_trainer(name), **PLANS[plan])
+        return
+    network = NETWORKS.get(name)
+    trainer = make_trainer(find_trainer(f"{name}_1epochs1iters_seed0"), **plan_for(name, plan))
+    trainer.initialize()
+    trainer.on_train_start()
+    trainer.network.train()
+    batch = next(trainer.dataloader_train)
+    outputs = trainer.network(batch["data"])
+    # Logits and targets of equal number and size, so that the loss compares voxel with voxel.
+    assert isinstance(outputs, list) == (network in COARSEST)
+    assert [output.shape[2:] for output in as_list(outputs)] == [
+        target.shape[2:] for target in as_list(batch["target"])
+    ]
+    trainer.on_train_epoch_start()
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    without = {key for key, p in trainer.network.named_parameters() if p.grad is None}
+    coarsest = COARSEST.get(network)
+    assert without == {
+        key for key, _ in trainer.network.named_parameters() if coarsest and key.startswith(f"{coarsest}.")
+    }
+    trainer.network.eval()
+    with torch.no_grad():
+        assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
+
+    trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    image = batch["data"][0]
+    predicted = predictor.predict_logits_from_preprocessed_data(image if image.ndim == 4 else image[:, None])
+    trainer.set_deep_supervision_enabled(False)
+    with torch.no_grad():
+        expected = trainer.network(image[None])[0]
+    # The sliding window accumulates logits in half precision.
+    torch.testing.assert_close(predicted.float().view_as(expected), expected, atol=5e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_load_strictly_with_deep_supervision_off_and_all_that_is_trained_gets_a_gradient(
+    make_trainer, name
+) -> None:
+    trainer = make_trainer(find_trainer(name), **plan_for(name, "anisotropic"))
+    arguments = (trainer.plans_manager, trainer.configuration_manager, 1, 3)
+    supervised = trainer.build_network_architecture(*arguments, enable_deep_supervision=True).eval()
+    single = trainer.build_network_architecture(*arguments, enable_deep_supervision=False).eval()
+    single.load_state_dict(supervised.state_dict(), strict=True)
+    image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+    with torch.no_grad():
+        logits = single(image)
+        assert isinstance(logits, Tensor)
+        assert torch.equal(as_list(supervised(image))[0], logits)
+        assert torch.equal(pickle.loads(pickle.dumps(single))(image), logits)
+    # Distributed training waits for these.
+    single.train()(image).square().mean().backward()
+    assert not [key for key, p in single.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("name", COARSEST)
+def test_coarse_logits_are_where_their_image_is(name) -> None:
+    """A change of the image at one end changes the coarse logits at that end most."""
+    ndim = 2
+    size = (40, 72)
+    base = unet_architecture([[1] * ndim, [2] * ndim, [2] * ndim], [[3] * ndim] * 3)
+    planned = baseline_architecture(base, size, network=name)
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    torch.manual_seed(0)
+    network = get_network_from_plans(
+        planned["network_class_name"], planned["arch_kwargs"], [], 1, 2, allow_init=True, deep_supervision=True
+    ).eval()
+    image = torch.randn(1, 1, *size)
+    changed = image.clone()
+    changed[..., -4:, :4] += 3
+    cumulative = np.cumprod(planned["arch_kwargs"]["output_strides"], axis=0)
+    with torch.no_grad():
+        pairs = list(zip(network(image), network(changed), cumulative, strict=True))
+    for before, after, step in pairs:
+        assert before.shape[2:] == tuple(math.ceil(s / t) for s, t in zip(size, step, strict=True))
+        difference = (after - before).abs().sum(dim=(0, 1))
+        row, column = divmod(int(difference.argmax()), difference.shape[1])
+        assert row >= (difference.shape[0] - 1) * 0.6
+        assert column <= (difference.shape[1] - 1) * 0.4
+
+
+@pytest.mark.parametrize(("plan", "totals"), [("isotropic", (24, 24, 40)), ("anisotropic", (10, 36, 20))])
+def test_the_log_says_what_is_padded(make_trainer, plan, totals) -> None:
+    trainer = make_trainer(find_trainer("nnUNetTrainerMedNeXt_S"), **PLANS[plan])
+    trainer._report_memory()
+    padded = [math.ceil(size / 16) * 16 for size in totals]
+    times = math.prod(padded) / math.prod(totals)
+    assert f"the patch {list(totals)} as {padded}, {times:.2f} times as many" in Path(trainer.log_file).read_text()
+
+
+def test_dynunet_has_the_plans_levels_and_refuses_two() -> None:
+    base = unet_architecture([[1, 1, 1], [1, 2, 2], [2, 2, 2]], [[1, 3, 3], [3, 3, 3], [3, 3, 3]])
+    arguments = baseline_architecture(base, (8, 16, 16), network="DynUNet")["arch_kwargs"]
+    for key in ("strides", "kernel_sizes", "features_per_stage"):
+        assert arguments[key] == base["arch_kwargs"][key]
+    shallow = unet_architecture([[1, 1, 1], [2, 2, 2]], [[3, 3, 3]] * 2)
+    with pytest.raises(NotImplementedError, match=r"at least three levels, and the plan has 2 \(strides .*\[8, 8, 8\]"):
+        baseline_architecture(shallow, (8, 8, 8), network="DynUNet")
+
+
+@pytest.mark.parametrize("name", ["SwinUNETR", "SegResNet", "UNetPlusPlus", "MedNeXt"])
+def test_a_patch_that_shrinks_to_one_voxel_is_refused(name) -> None:
+    with pytest.raises(ValueError, match=r"the patch \[8, 8, 8\] shrinks to a single voxel"):
+        baseline_architecture(unet_architecture([[1] * 3, [2] * 3, [2] * 3], [[3] * 3] * 3), (8, 8, 8), network=name)
+
+
+def test_unetr_refuses_another_size_than_the_patch() -> None:
+    from nnunet_deform.networks.baselines import UNETR
+
+    planned = baseline_architecture(unet_architecture([[1, 1], [2, 2]], [[3, 3]] * 2), (40, 36), network="UNETR")
+    network = UNETR(1, 2, **planned["arch_kwargs"])
+    # 40 x 36 and 33 x 47 are both padded to 48 x 48.
+    assert network(torch.zeros(1, 1, 33, 47)).shape == (1, 2, 33, 47)
+    with pytest.raises(ValueError, match=r"size \[64, 36\], but UNETR's position embedding was made for .*\[40, 36\]"):
+        network(torch.zeros(1, 1, 64, 36))
+
+
+@pytest.mark.parametrize("name", MONAI)
+def test_without_monai_it_says_what_to_install_and_leaves_no_folder(make_trainer, monkeypatch, tmp_path, name) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "monai" else find_spec(n, *a))
+    with pytest.raises(ImportError, match=r"pip install 'nnunet-deform\[baselines\]'"):
+        make_trainer(find_trainer(name), **plan_for(name, "isotropic"))
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerPrimus_S", "nnUNetTrainerPrimus_S_AdamW"])
+def test_primus_warms_up_trains_and_continues(make_trainer, name) -> None:
+    """Its own recipe has two stages; under ours it has one. Killed and continued, both end in the same weights."""
+    trainer_class = find_trainer(f"{name}_3epochs1iters_seed0")
+    plan = PLANS["anisotropic"]
+
+    def run(results: str, epochs: int):
+        trainer = make_trainer(trainer_class, **plan, results=results)
+        start = trainer.on_train_epoch_start
+
+        def stop_before() -> None:
+            start()
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            if trainer.current_epoch == epochs:
+                raise KeyboardInterrupt
+
+        rates: list[float] = []
+        trainer.on_train_epoch_start = stop_before
+        return trainer, rates
+
+    whole, rates = run("whole", 3)
+    whole.perform_actual_validation = lambda *_: None
+    whole.run_training()
+    if "AdamW" in name:
+        assert isinstance(whole.optimizer, torch.optim.AdamW)
+        assert {group["weight_decay"] for group in whole.optimizer.param_groups} == {1e-4, 0.0}
+    else:
+        assert whole.training_stage == "train"
+        # Warm-up of one epoch, then nnU-Net's polynomial over the other two.
+        assert rates == pytest.approx([3e-4, 3e-4, 3e-4 * 0.5**0.9])
+    killed, _ = run("killed", 2)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    continued, continued_rates = run("killed", 3)
+    continued.perform_actual_validation = lambda *_: None
+    continued.load_checkpoint(str(Path(continued.output_folder, "checkpoint_latest.pth")))
+    assert continued.current_epoch == 2
+    continued.run_training()
+    assert continued_rates == rates[2:]
+    weights = whole.network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in continued.network.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN)
+def test_compiled_it_gives_the_same_logits(make_trainer, name) -> None:
+    torch.compiler.reset()
+    trainer = make_trainer(find_trainer(name), **plan_for(name, "isotropic"))
+    trainer.initialize()
+    plain = trainer.network.eval()
+    compiled = torch.compile(plain, backend="eager")
+    image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+    with torch.no_grad():
+        for enabled in (trainer.enable_deep_supervision, False):
+            trainer.set_deep_supervision_enabled(enabled)
+            for one, other in zip(as_list(plain(image)), as_list(compiled(image)), strict=True):
+                torch.testing.assert_close(one, other)

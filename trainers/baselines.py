@@ -1,0 +1,181 @@
+"""Networks to compare with, of MONAI and nnU-Net, in nnU-Net's harness.
+
+MONAI's networks train with nnU-Net's recipe, or any other by a suffix; Primus with its own, that of nnU-Net's trainers.
+"""
+
+import math
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
+    AbstractPrimus,
+    nnUNet_Primus_B_Trainer,
+    nnUNet_Primus_L_Trainer,
+    nnUNet_Primus_M_Trainer,
+    nnUNet_Primus_S_Trainer,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_deform.networks.padding import PaddedNetwork
+from nnunet_deform.networks.topology import padded_size
+from nnunet_deform.plans.baselines import baseline_architecture
+from nnunet_deform.trainers.base import PlannedNetworkTrainer
+from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
+from nnunet_deform.trainers.numerical_guard import NumericalGuard
+
+
+class MonaiTrainer(PlannedNetworkTrainer):
+    """One of MONAI's networks, with nnU-Net's recipe. ``network_options`` names it."""
+
+    architecture = staticmethod(baseline_architecture)
+
+    @classmethod
+    def _outputs(cls, configuration_manager: ConfigurationManager) -> int:
+        return len(cls.planned_architecture(configuration_manager)["arch_kwargs"]["output_strides"])
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        if not self.enable_deep_supervision:
+            return None
+        output_strides = self.planned_architecture(self.configuration_manager)["arch_kwargs"]["output_strides"]
+        patch = self.configuration_manager.patch_size
+        # The network's levels are not the plan's, so a stride need not divide the patch: logits then reach beyond it by
+        # a part of a voxel, and the target, which nnU-Net scales to the number of them, is a little finer.
+        return [
+            [math.ceil(size / step) / size for size, step in zip(patch, total, strict=True)]
+            for total in np.cumprod(output_strides, axis=0).tolist()
+        ]
+
+    def _report_memory(self) -> None:
+        patch = list(self.configuration_manager.patch_size)
+        padded = padded_size(patch, self.planned_architecture(self.configuration_manager)["arch_kwargs"]["strides"])
+        self.print_to_log_file(
+            "The memory of MONAI's networks is not estimated. "
+            f"The network sees the patch {patch} as {padded}, {math.prod(padded) / math.prod(patch):.2f} times as many "
+            "voxels."
+        )
+
+
+class nnUNetTrainerSwinUNETR(MonaiTrainer):
+    """Swin UNETR with 48 features, without deep supervision."""
+
+    network_options = {"network": "SwinUNETR"}
+
+
+class nnUNetTrainerUNETR(MonaiTrainer):
+    """UNETR with ViT-B, without deep supervision."""
+
+    network_options = {"network": "UNETR"}
+
+
+class nnUNetTrainerSegResNet(MonaiTrainer):
+    """SegResNet with 32 filters, without deep supervision."""
+
+    network_options = {"network": "SegResNet"}
+
+
+class nnUNetTrainerDynUNet(MonaiTrainer):
+    """DynUNet, MONAI's nnU-Net, with the plan's strides, kernels and widths."""
+
+    network_options = {"network": "DynUNet"}
+
+
+class nnUNetTrainerUNetPlusPlus(MonaiTrainer):
+    """UNet++ of five levels, with deep supervision of its four paths at full resolution."""
+
+    network_options = {"network": "UNetPlusPlus"}
+
+
+class nnUNetTrainerMedNeXt_S(MonaiTrainer):
+    """MedNeXt S with kernel 3."""
+
+    network_options = {"network": "MedNeXt", "variant": "S"}
+
+
+class nnUNetTrainerMedNeXt_B(MonaiTrainer):
+    """MedNeXt B with kernel 3."""
+
+    network_options = {"network": "MedNeXt", "variant": "B"}
+
+
+class nnUNetTrainerMedNeXt_M(MonaiTrainer):
+    """MedNeXt M with kernel 3."""
+
+    network_options = {"network": "MedNeXt", "variant": "M"}
+
+
+class nnUNetTrainerMedNeXt_L(MonaiTrainer):
+    """MedNeXt L with kernel 3."""
+
+    network_options = {"network": "MedNeXt", "variant": "L"}
+
+
+class _ContinuedWarmup(nnUNetTrainer):
+    """Continues nnU-Net's warm-up trainers, whose own method reads no checkpoint from torch 2.6 on."""
+
+    def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
+        nnUNetTrainer.load_checkpoint(self, filename_or_checkpoint)
+        if self.current_epoch >= self.warmup_duration_whole_net:
+            self.optimizer, self.lr_scheduler = self.configure_optimizers("train")
+
+
+class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, AbstractPrimus):
+    """nnU-Net's trainers of Primus, for patches of any size: https://arxiv.org/abs/2503.01835. 3D only."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        # First, because nnU-Net's constructor makes the output folder.
+        _require_three_axes(PlansManager(plans).get_configuration(configuration))
+        super().__init__(plans, configuration, fold, dataset_json, device)
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        _require_three_axes(configuration_manager)
+        strides = [[1] * 3, [8] * 3]
+        padded = padded_size(configuration_manager.patch_size, strides)
+        network = super().build_network_architecture(
+            plans_manager,
+            ConfigurationManager({**configuration_manager.configuration, "patch_size": padded}),
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+        return PaddedNetwork(network, strides, [[1] * 3], [], deep_supervision=False)
+
+
+def _require_three_axes(configuration_manager: ConfigurationManager) -> None:
+    patch_size = list(configuration_manager.patch_size)
+    if len(patch_size) != 3:
+        raise NotImplementedError(
+            f"Primus has three axes, but the patch {patch_size} has {len(patch_size)}; use a 3D configuration."
+        )
+
+
+class nnUNetTrainerPrimus_S(PrimusTrainer, nnUNet_Primus_S_Trainer):
+    """Primus S with its own recipe."""
+
+
+class nnUNetTrainerPrimus_B(PrimusTrainer, nnUNet_Primus_B_Trainer):
+    """Primus B with its own recipe."""
+
+
+class nnUNetTrainerPrimus_M(PrimusTrainer, nnUNet_Primus_M_Trainer):
+    """Primus M with its own recipe."""
+
+
+class nnUNetTrainerPrimus_L(PrimusTrainer, nnUNet_Primus_L_Trainer):
+    """Primus L with its own recipe."""
