@@ -1,7 +1,7 @@
 """The trainers: recipes and nnU-Net's contract, no mathematics of networks.
 
-``__all__`` lists every trainer by name, ``BASELINES`` those of other libraries' networks. Any of them, and any of nnU-Net's own, also takes a variant suffix:
-see :mod:`nnunet_deform.trainers.variants`.
+``__all__`` lists every trainer by name, ``BASELINES`` those of other libraries' networks. Any of them, and any of
+nnU-Net's own, also takes a variant suffix: see :mod:`nnunet_deform.trainers.variants`.
 """
 
 from nnunet_deform.trainers.baselines import (
@@ -63,7 +63,7 @@ from nnunet_deform.trainers.magic import (
     nnUNetTrainerMAGICResEnc,
 )
 
-# Of other libraries, at their own widths.
+# Networks of other libraries.
 BASELINES = (
     "nnUNetTrainerDynUNet",
     "nnUNetTrainerMedNeXt_B",
@@ -81,7 +81,6 @@ BASELINES = (
 )
 
 __all__ = [
-    *BASELINES,
     "nnUNetTrainerDeformUX",
     "nnUNetTrainerDeformUX_convnext",
     "nnUNetTrainerDeformUX_dense",
@@ -94,6 +93,7 @@ __all__ = [
     "nnUNetTrainerDeformUX_xy",
     "nnUNetTrainerDeformUX_xz",
     "nnUNetTrainerDeformUX_yz",
+    "nnUNetTrainerDynUNet",
     "nnUNetTrainerLightMedSeg",
     "nnUNetTrainerLightMedSegStandard",
     "nnUNetTrainerLightMedSeg_anchors16",
@@ -118,5 +118,17 @@ __all__ = [
     "nnUNetTrainerMAGIC_spatialChannel",
     "nnUNetTrainerMAGIC_spatialGlobal",
     "nnUNetTrainerMAGIC_static",
+    "nnUNetTrainerMedNeXt_B",
+    "nnUNetTrainerMedNeXt_L",
+    "nnUNetTrainerMedNeXt_M",
+    "nnUNetTrainerMedNeXt_S",
+    "nnUNetTrainerPrimus_B",
+    "nnUNetTrainerPrimus_L",
+    "nnUNetTrainerPrimus_M",
+    "nnUNetTrainerPrimus_S",
+    "nnUNetTrainerSegResNet",
+    "nnUNetTrainerSwinUNETR",
+    "nnUNetTrainerUNETR",
+    "nnUNetTrainerUNetPlusPlus",
     "nnUNetTrainerUXNet",
 ]

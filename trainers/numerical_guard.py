@@ -39,7 +39,7 @@ class NumericalGuard(nnUNetTrainer):
         self.optimizer.register_step_pre_hook(self._before_optimizer_step)
 
     def _before_optimizer_step(self, *_: Any) -> None:
-        # A scaler does not call the optimiser in a step that it skips (but for fused ones, which of nnU-Net's only Primus' is).
+        # A scaler does not call the optimiser in a step that it skips (but for fused ones, as Primus' is).
         self._stepped = True
         if self.grad_scaler is not None:
             return
