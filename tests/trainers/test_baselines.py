@@ -1,8 +1,8 @@
 """MONAI's networks and Primus as trainers: on isotropic, anisotropic and 2D plans, some of them not divisible."""
 
-import importlib.util
 import math
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from phantoms import unet_architecture
 from torch import Tensor
 
@@ -69,13 +70,6 @@ def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(primus_trainers, "Primus", _TinyPrimus)
 
 
-def plan_for(name: str, plan: str) -> dict:
-    """The plan; Swin UNETR halves five times, so it gets one of two voxels at its coarsest level."""
-    if name == "nnUNetTrainerSwinUNETR" and plan != "2d":
-        return {**PLANS[plan], "patch_size": (*PLANS[plan]["patch_size"][:2], 40)}
-    return PLANS[plan]
-
-
 def as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
@@ -94,7 +88,7 @@ def test_a_step_a_validation_and_a_prediction(make_trainer, name, plan) -> None:
             make_trainer(find_trainer(name), **PLANS[plan])
         return
     network = NETWORKS.get(name)
-    trainer = make_trainer(find_trainer(f"{name}_1epochs1iters_seed0"), **plan_for(name, plan))
+    trainer = make_trainer(find_trainer(f"{name}_1epochs1iters_seed0"), **PLANS[plan])
     trainer.initialize()
     trainer.on_train_start()
     trainer.network.train()
@@ -132,7 +126,7 @@ def test_a_step_a_validation_and_a_prediction(make_trainer, name, plan) -> None:
 def test_weights_load_strictly_with_deep_supervision_off_and_all_that_is_trained_gets_a_gradient(
     make_trainer, name
 ) -> None:
-    trainer = make_trainer(find_trainer(name), **plan_for(name, "anisotropic"))
+    trainer = make_trainer(find_trainer(name), **PLANS["anisotropic"])
     arguments = (trainer.plans_manager, trainer.configuration_manager, 1, 3)
     supervised = trainer.build_network_architecture(*arguments, enable_deep_supervision=True).eval()
     single = trainer.build_network_architecture(*arguments, enable_deep_supervision=False).eval()
@@ -151,12 +145,9 @@ def test_weights_load_strictly_with_deep_supervision_off_and_all_that_is_trained
 @pytest.mark.parametrize("name", COARSEST)
 def test_coarse_logits_are_where_their_image_is(name) -> None:
     """A change of the image at one end changes the coarse logits at that end most."""
-    ndim = 2
     size = (40, 72)
-    base = unet_architecture([[1] * ndim, [2] * ndim, [2] * ndim], [[3] * ndim] * 3)
+    base = unet_architecture([[1, 1], [2, 2], [2, 2]], [[3, 3]] * 3)
     planned = baseline_architecture(base, size, network=name)
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
     torch.manual_seed(0)
     network = get_network_from_plans(
         planned["network_class_name"], planned["arch_kwargs"], [], 1, 2, allow_init=True, deep_supervision=True
@@ -213,10 +204,9 @@ def test_unetr_refuses_another_size_than_the_patch() -> None:
 
 @pytest.mark.parametrize("name", MONAI)
 def test_without_monai_it_says_what_to_install_and_leaves_no_folder(make_trainer, monkeypatch, tmp_path, name) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "monai" else find_spec(n, *a))
+    monkeypatch.setitem(sys.modules, "monai", None)
     with pytest.raises(ImportError, match=r"pip install 'nnunet-deform\[baselines\]'"):
-        make_trainer(find_trainer(name), **plan_for(name, "isotropic"))
+        make_trainer(find_trainer(name), **PLANS["isotropic"])
     assert not (tmp_path / "results").exists()
 
 
@@ -241,7 +231,6 @@ def test_primus_warms_up_trains_and_continues(make_trainer, name) -> None:
         return trainer, rates
 
     whole, rates = run("whole", 3)
-    whole.perform_actual_validation = lambda *_: None
     whole.run_training()
     if "AdamW" in name:
         assert isinstance(whole.optimizer, torch.optim.AdamW)
@@ -254,7 +243,6 @@ def test_primus_warms_up_trains_and_continues(make_trainer, name) -> None:
     with pytest.raises(KeyboardInterrupt):
         killed.run_training()
     continued, continued_rates = run("killed", 3)
-    continued.perform_actual_validation = lambda *_: None
     continued.load_checkpoint(str(Path(continued.output_folder, "checkpoint_latest.pth")))
     assert continued.current_epoch == 2
     continued.run_training()
@@ -267,7 +255,7 @@ def test_primus_warms_up_trains_and_continues(make_trainer, name) -> None:
 @pytest.mark.parametrize("name", RUN)
 def test_compiled_it_gives_the_same_logits(make_trainer, name) -> None:
     torch.compiler.reset()
-    trainer = make_trainer(find_trainer(name), **plan_for(name, "isotropic"))
+    trainer = make_trainer(find_trainer(name), **PLANS["isotropic"])
     trainer.initialize()
     plain = trainer.network.eval()
     compiled = torch.compile(plain, backend="eager")
