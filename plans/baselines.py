@@ -9,6 +9,8 @@ from nnunet_deform.plans.architecture import Architecture, Topology, require_ext
 _MODULE = "nnunet_deform.networks.baselines"
 # These halve every axis this often, whatever the plan's strides are; DynUNet is the one that follows them.
 _HALVINGS = {"SwinUNETR": 5, "UNETR": 4, "SegResNet": 3, "UNetPlusPlus": 4, "MedNeXt": 4}
+# At their coarsest level each channel is normalised over its voxels, of which one is too few.
+_NORMALISED_OVER_VOXELS = ("SwinUNETR", "UNetPlusPlus", "MedNeXt")
 # The widths of the papers, or MONAI's own where those are meant for MONAI's version.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "SwinUNETR": {"feature_size": 48},
@@ -36,8 +38,9 @@ def baseline_architecture(
 
     Raises:
         ImportError: MONAI is not installed.
-        NotImplementedError: DynUNet, and the plan has fewer than three levels.
-        ValueError: the patch is too small for the network's levels, or the plan has no strides or widths for DynUNet.
+        NotImplementedError: the patch is too small for the network's levels, or the plan has fewer than three levels
+            for DynUNet.
+        ValueError: the plan has no strides or widths for DynUNet, or its patch shrinks to a single voxel over them.
     """
     if importlib.util.find_spec("monai") is None:
         raise ImportError(f"{network} is MONAI's, which is not installed: pip install 'nnunet-deform[baselines]'.")
@@ -55,19 +58,23 @@ def baseline_architecture(
                 f"the plan's architecture {base['network_class_name']} has no features_per_stage for DynUNet; start "
                 "from a plan of nnU-Net's own U-Nets (nnUNetPlans or a ResEnc plan)."
             )
+        require_extent(topology, patch_size)
         options = {
             "kernel_sizes": topology.kernel_sizes,
             "features_per_stage": list(base["arch_kwargs"]["features_per_stage"]),
             **options,
         }
     else:
-        levels = _HALVINGS[network] + 1
-        topology = Topology([[1] * ndim] + [[2] * ndim] * (levels - 1), [[3] * ndim] * levels)
+        halvings = _HALVINGS[network]
+        topology = Topology([[1] * ndim] + [[2] * ndim] * halvings, [[3] * ndim] * (halvings + 1))
+        if network in _NORMALISED_OVER_VOXELS and max(patch_size) <= 2**halvings:
+            raise NotImplementedError(
+                f"{network} halves every axis {halvings} times, and the patch {list(patch_size)} would shrink to a "
+                f"single voxel, which it cannot normalise; plan with a patch of more than {2**halvings} voxels on an "
+                "axis."
+            )
     if network == "UNETR":
-        # Its coarsest level is a transformer's, which does not normalise over voxels.
         options["patch_size"] = list(patch_size)
-    else:
-        require_extent(topology, patch_size)
     full_resolution = [1] * ndim
     output_strides = {
         "DynUNet": topology.strides[:-1],

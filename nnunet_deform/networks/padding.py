@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from nnunet_deform.networks.topology import crop_to_image, pad_to_levels
@@ -49,10 +50,35 @@ class PaddedNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         size = x.shape[2:]
         logits = self.logits(pad_to_levels(x, self.strides))
-        if self.decoder.deep_supervision and len(self.output_strides) > 1:
-            return crop_to_image(logits, size, self.output_strides)
-        return crop_to_image(logits[0], size, self.output_strides)
+        if not self.decoder.deep_supervision or len(self.output_strides) == 1:
+            return crop_to_image(logits[0], size, self.output_strides)
+        step = [1] * len(size)
+        aligned = []
+        for cropped, stride in zip(crop_to_image(logits, size, self.output_strides), self.output_strides, strict=True):
+            step = [one * other for one, other in zip(step, stride, strict=True)]
+            aligned.append(_equal_parts(cropped, size, step))
+        return aligned
 
     def logits(self, x: Tensor) -> list[Tensor]:
         """Of a padded image, finest first; the coarse ones may be left out where deep supervision is off."""
         return [self.network(x)]
+
+
+def _equal_parts(logits: Tensor, size: Sequence[int], step: Sequence[int]) -> Tensor:
+    """The logits of voxels ``step`` wide, interpolated at the centres of as many equal parts of the image.
+
+    A level's stride need not divide the image, because it need not be one of the plan's. The last voxel then reaches
+    beyond the image, while nnU-Net scales its segmentation to the same number of voxels, all of them inside.
+    """
+    for axis, (s, along) in enumerate(zip(size, step, strict=True), start=2):
+        parts = logits.shape[axis]
+        if parts * along == s:
+            continue
+        centres = (torch.arange(parts, device=logits.device) + 0.5) * (s / (parts * along)) - 0.5
+        before = centres.clamp(min=0).long()
+        after = (before + 1).clamp(max=parts - 1)
+        weight = (centres - before).clamp(min=0).view(-1, *[1] * (logits.ndim - 1 - axis))
+        logits = torch.lerp(
+            logits.index_select(axis, before), logits.index_select(axis, after), weight.to(logits.dtype)
+        )
+    return logits

@@ -33,7 +33,10 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 )
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_deform.plans import baselines
 
 CASES = 4
 FOLDS = [
@@ -141,6 +144,28 @@ SCENARIOS = {
         Scenario("regions-ignore", (24, 24, 24), (24, 24, 24), **ISOTROPIC, labels=REGIONS, ignore=True),
     )
 }
+
+# Of the baselines, for two cores; MedNeXt's widths are fixed in MONAI.
+_NARROW = {
+    "SwinUNETR": {"feature_size": 12},
+    "UNETR": {"feature_size": 4, "hidden_size": 12, "mlp_dim": 16, "num_heads": 2},
+    "SegResNet": {"init_filters": 8},
+    "UNetPlusPlus": {"features": [4, 4, 8, 8, 8, 4]},
+}
+
+
+class _TinyPrimus(primus_trainers.Primus):
+    """Of the stock trainer's arguments, those that make it large are replaced."""
+
+    def __init__(self, channels, embed_dim, tokens, classes, depth, heads, *arguments, **options) -> None:
+        super().__init__(channels, 24, tokens, classes, 1, 2, *arguments, **options)
+
+
+def narrow_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI's networks and Primus with widths that two cores can train."""
+    for network, options in _NARROW.items():
+        monkeypatch.setitem(baselines._OPTIONS, network, options)
+    monkeypatch.setattr(primus_trainers, "Primus", _TinyPrimus)
 
 
 def unet_architecture(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> dict[str, Any]:

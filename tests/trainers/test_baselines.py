@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from phantoms import unet_architecture
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from phantoms import narrow_baselines, unet_architecture
 from torch import Tensor
 
-from nnunet_deform.plans import baselines
 from nnunet_deform.plans.baselines import baseline_architecture
 from nnunet_deform.trainers import BASELINES
 from nnunet_deform.trainers.variants import find_trainer
@@ -30,14 +29,6 @@ NETWORKS = {
 }
 # MedNeXt B, M and L differ from S in numbers of MONAI's.
 RUN = [*NETWORKS, "nnUNetTrainerPrimus_S"]
-NARROW = {
-    "SwinUNETR": {"feature_size": 12},
-    "UNETR": {"feature_size": 4, "hidden_size": 12, "mlp_dim": 16, "num_heads": 2},
-    "SegResNet": {"init_filters": 8},
-    "DynUNet": {},
-    "UNetPlusPlus": {"features": [4, 4, 8, 8, 8, 4]},
-    "MedNeXt": {"variant": "S", "kernel_size": 3},
-}
 # Sizes that the plan's strides divide, as nnU-Net's planner makes them, and most networks' own do not.
 PLANS = {
     "isotropic": {"patch_size": (24, 24, 40)},
@@ -48,6 +39,7 @@ PLANS = {
     },
     "2d": {"patch_size": (40, 36), "strides": ((1, 1), (2, 2), (2, 2))},
 }
+SLOWEST = ("nnUNetTrainerSwinUNETR", "isotropic")
 # nnU-Net gives the coarsest output weight zero.
 COARSEST = {
     "DynUNet": "network.deep_supervision_heads.0",
@@ -56,18 +48,41 @@ COARSEST = {
 }
 
 
-class _TinyPrimus(primus_trainers.Primus):
-    """Of the stock trainer's arguments, those that make it large are replaced."""
+# Parameters for one channel and 14 classes, in millions: the papers' where they state them (UNETR 92.6, Swin UNETR
+# 62.2, MedNeXt 5.6, 10.5, 17.6 and 61.8).
+WIDE = {
+    "nnUNetTrainerSwinUNETR": 62.2,
+    "nnUNetTrainerUNETR": 92.8,
+    "nnUNetTrainerSegResNet": 18.8,
+    "nnUNetTrainerUNetPlusPlus": 7.0,
+    "nnUNetTrainerMedNeXt_S": 5.6,
+    "nnUNetTrainerMedNeXt_B": 10.5,
+    "nnUNetTrainerMedNeXt_M": 17.5,
+    "nnUNetTrainerMedNeXt_L": 61.7,
+    "nnUNetTrainerPrimus_S": 24.2,
+    "nnUNetTrainerPrimus_B": 94.1,
+    "nnUNetTrainerPrimus_M": 147.7,
+    "nnUNetTrainerPrimus_L": 327.0,
+}
 
-    def __init__(self, channels, embed_dim, tokens, classes, heads, depth, *arguments, **options) -> None:
-        super().__init__(channels, 24, tokens, classes, 1, 2, *arguments, **options)
+
+@pytest.mark.parametrize(("name", "millions"), WIDE.items(), ids=WIDE)
+def test_parameters(name, millions) -> None:
+    """Before any of the tests' narrowing."""
+    configuration = ConfigurationManager(
+        {"patch_size": [96, 96, 96], "architecture": unet_architecture([[1] * 3, [2] * 3], [[3] * 3] * 2)}
+    )
+    # Swin UNETR reads a value of a tensor as it is built.
+    with torch.device("cpu" if "Swin" in name else "meta"):
+        network = find_trainer(name).build_network_architecture(None, configuration, 1, 14)
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == millions
 
 
 @pytest.fixture(autouse=True)
-def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for network, options in NARROW.items():
-        monkeypatch.setitem(baselines._OPTIONS, network, options)
-    monkeypatch.setattr(primus_trainers, "Primus", _TinyPrimus)
+def _narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.function is test_parameters:
+        return
+    narrow_baselines(monkeypatch)
 
 
 def as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
@@ -80,8 +95,15 @@ def test_the_tests_know_every_baseline() -> None:
     } == set(BASELINES)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        # Swin UNETR is the slowest, and its anisotropic plan is padded, too.
+        pytest.param(name, plan, marks=pytest.mark.slow if (name, plan) == SLOWEST else ())
+        for name in RUN
+        for plan in PLANS
+    ],
+)
 def test_a_step_a_validation_and_a_prediction(make_trainer, name, plan) -> None:
     if plan == "2d" and "Primus" in name:
         with pytest.raises(NotImplementedError, match=r"three axes, but the patch \[40, 36\] has 2; use a 3D"):
@@ -127,14 +149,16 @@ def test_weights_load_strictly_with_deep_supervision_off_and_all_that_is_trained
     make_trainer, name
 ) -> None:
     trainer = make_trainer(find_trainer(name), **PLANS["anisotropic"])
-    arguments = (trainer.plans_manager, trainer.configuration_manager, 1, 3)
+    # Of an image and, as in a cascade, of the labels of the stage before.
+    arguments = (trainer.plans_manager, trainer.configuration_manager, 5, 2)
     supervised = trainer.build_network_architecture(*arguments, enable_deep_supervision=True).eval()
     single = trainer.build_network_architecture(*arguments, enable_deep_supervision=False).eval()
     single.load_state_dict(supervised.state_dict(), strict=True)
-    image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+    image = torch.randn(2, 5, *trainer.configuration_manager.patch_size)
     with torch.no_grad():
         logits = single(image)
         assert isinstance(logits, Tensor)
+        assert logits.shape == (2, 2, *trainer.configuration_manager.patch_size)
         assert torch.equal(as_list(supervised(image))[0], logits)
         assert torch.equal(pickle.loads(pickle.dumps(single))(image), logits)
     # Distributed training waits for these.
@@ -185,10 +209,26 @@ def test_dynunet_has_the_plans_levels_and_refuses_two() -> None:
         baseline_architecture(shallow, (8, 8, 8), network="DynUNet")
 
 
-@pytest.mark.parametrize("name", ["SwinUNETR", "SegResNet", "UNetPlusPlus", "MedNeXt"])
-def test_a_patch_that_shrinks_to_one_voxel_is_refused(name) -> None:
-    with pytest.raises(ValueError, match=r"the patch \[8, 8, 8\] shrinks to a single voxel"):
-        baseline_architecture(unet_architecture([[1] * 3, [2] * 3, [2] * 3], [[3] * 3] * 3), (8, 8, 8), network=name)
+@pytest.mark.parametrize(("name", "size"), [("SwinUNETR", 32), ("UNetPlusPlus", 16), ("MedNeXt", 16)])
+def test_a_patch_that_shrinks_to_one_voxel_is_refused(make_trainer, tmp_path, name, size) -> None:
+    trainer_class = find_trainer(next(trainer for trainer, network in NETWORKS.items() if network == name))
+    with pytest.raises(NotImplementedError, match=rf"patch \[{size}, {size}, {size}\] .* more than {size} voxels"):
+        make_trainer(trainer_class, patch_size=(size,) * 3)
+    assert not (tmp_path / "results").exists()
+    # One more voxel on an axis is padded to two voxels at the coarsest level.
+    base = unet_architecture([[1, 1], [2, 2]], [[3, 3]] * 2)
+    planned = baseline_architecture(base, (4, size + 1), network=name)
+    network = get_network_from_plans(planned["network_class_name"], planned["arch_kwargs"], [], 1, 2, allow_init=True)
+    assert network(torch.zeros(1, 1, 4, size + 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["UNETR", "SegResNet"])
+def test_the_others_take_a_patch_of_one_token_or_coarsest_voxel(name) -> None:
+    planned = baseline_architecture(unet_architecture([[1] * 3, [2] * 3], [[3] * 3] * 2), (8, 8, 8), network=name)
+    network = get_network_from_plans(planned["network_class_name"], planned["arch_kwargs"], [], 1, 2, allow_init=True)
+    logits = network(torch.randn(1, 1, 8, 8, 8))
+    assert logits.shape == (1, 2, 8, 8, 8)
+    assert logits.std() > 0
 
 
 def test_unetr_refuses_another_size_than_the_patch() -> None:
