@@ -10,10 +10,12 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from phantoms import narrow_baselines
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_deform.plans import deformux
@@ -41,6 +43,7 @@ def two_steps(trainer: nnUNetTrainer) -> dict:
 
 def main(rank: int, folder: Path, names: list[str]) -> None:
     deformux.BASE_FEATURES = 8
+    narrow_baselines(pytest.MonkeyPatch())
     nnUNetTrainer.plot_network_architecture = lambda self: None
     preprocessed = folder / "preprocessed" / "Dataset999_Phantom"
     trainers = {}
