@@ -18,7 +18,7 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_deform.networks.padding import PaddedNetwork
+from nnunet_deform.networks.padding import PaddedNetwork, Strides
 from nnunet_deform.networks.topology import padded_size
 from nnunet_deform.plans.baselines import baseline_architecture
 from nnunet_deform.trainers.base import PlannedNetworkTrainer
@@ -40,21 +40,22 @@ class MonaiTrainer(PlannedNetworkTrainer):
             return None
         output_strides = self.planned_architecture(self.configuration_manager)["arch_kwargs"]["output_strides"]
         patch = self.configuration_manager.patch_size
-        # The network's levels are not the plan's, so a stride need not divide the patch: logits then reach beyond it by
-        # a part of a voxel, and the target, which nnU-Net scales to the number of them, is a little finer.
+        # Rounded up as the network does, because its strides need not divide the patch.
         return [
             [math.ceil(size / step) / size for size, step in zip(patch, total, strict=True)]
             for total in np.cumprod(output_strides, axis=0).tolist()
         ]
 
     def _report_memory(self) -> None:
-        patch = list(self.configuration_manager.patch_size)
-        padded = padded_size(patch, self.planned_architecture(self.configuration_manager)["arch_kwargs"]["strides"])
-        self.print_to_log_file(
-            "The memory of MONAI's networks is not estimated. "
-            f"The network sees the patch {patch} as {padded}, {math.prod(padded) / math.prod(patch):.2f} times as many "
-            "voxels."
-        )
+        self.print_to_log_file("The memory of MONAI's networks is not estimated.")
+        _report_padding(self, self.planned_architecture(self.configuration_manager)["arch_kwargs"]["strides"])
+
+
+def _report_padding(trainer: nnUNetTrainer, strides: Strides) -> None:
+    patch = list(trainer.configuration_manager.patch_size)
+    padded = padded_size(patch, strides)
+    times = math.prod(padded) / math.prod(patch)
+    trainer.print_to_log_file(f"The network sees the patch {patch} as {padded}, {times:.2f} times as many voxels.")
 
 
 class nnUNetTrainerSwinUNETR(MonaiTrainer):
@@ -120,6 +121,9 @@ class _ContinuedWarmup(nnUNetTrainer):
             self.optimizer, self.lr_scheduler = self.configure_optimizers("train")
 
 
+_PRIMUS_STRIDES = [[1] * 3, [8] * 3]
+
+
 class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, AbstractPrimus):
     """nnU-Net's trainers of Primus, for patches of any size: https://arxiv.org/abs/2503.01835. 3D only."""
 
@@ -145,8 +149,7 @@ class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, Abstrac
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         _require_three_axes(configuration_manager)
-        strides = [[1] * 3, [8] * 3]
-        padded = padded_size(configuration_manager.patch_size, strides)
+        padded = padded_size(configuration_manager.patch_size, _PRIMUS_STRIDES)
         network = super().build_network_architecture(
             plans_manager,
             ConfigurationManager({**configuration_manager.configuration, "patch_size": padded}),
@@ -154,7 +157,11 @@ class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, Abstrac
             num_output_channels,
             enable_deep_supervision,
         )
-        return PaddedNetwork(network, strides, [[1] * 3], [], deep_supervision=False)
+        return PaddedNetwork(network, _PRIMUS_STRIDES, [[1] * 3], [], deep_supervision=False)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        _report_padding(self, _PRIMUS_STRIDES)
 
 
 def _require_three_axes(configuration_manager: ConfigurationManager) -> None:

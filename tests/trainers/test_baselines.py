@@ -39,7 +39,8 @@ PLANS = {
     },
     "2d": {"patch_size": (40, 36), "strides": ((1, 1), (2, 2), (2, 2))},
 }
-SLOWEST = ("nnUNetTrainerSwinUNETR", "isotropic")
+# The slowest; their anisotropic plans are padded, too.
+SLOW = (("nnUNetTrainerSwinUNETR", "isotropic"), ("nnUNetTrainerMedNeXt_S", "isotropic"))
 # nnU-Net gives the coarsest output weight zero.
 COARSEST = {
     "DynUNet": "network.deep_supervision_heads.0",
@@ -98,8 +99,7 @@ def test_the_tests_know_every_baseline() -> None:
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        # Swin UNETR is the slowest, and its anisotropic plan is padded, too.
-        pytest.param(name, plan, marks=pytest.mark.slow if (name, plan) == SLOWEST else ())
+        pytest.param(name, plan, marks=pytest.mark.slow if (name, plan) in SLOW else ())
         for name in RUN
         for plan in PLANS
     ],
@@ -190,13 +190,20 @@ def test_coarse_logits_are_where_their_image_is(name) -> None:
         assert column <= (difference.shape[1] - 1) * 0.4
 
 
-@pytest.mark.parametrize(("plan", "totals"), [("isotropic", (24, 24, 40)), ("anisotropic", (10, 36, 20))])
-def test_the_log_says_what_is_padded(make_trainer, plan, totals) -> None:
-    trainer = make_trainer(find_trainer("nnUNetTrainerMedNeXt_S"), **PLANS[plan])
-    trainer._report_memory()
-    padded = [math.ceil(size / 16) * 16 for size in totals]
-    times = math.prod(padded) / math.prod(totals)
-    assert f"the patch {list(totals)} as {padded}, {times:.2f} times as many" in Path(trainer.log_file).read_text()
+@pytest.mark.parametrize(
+    ("name", "padded", "times"),
+    [
+        ("nnUNetTrainerMedNeXt_S", [16, 48, 32], "3.41"),
+        ("nnUNetTrainerDynUNet", [10, 36, 20], "1.00"),
+        ("nnUNetTrainerPrimus_S", [16, 40, 24], "2.13"),
+    ],
+)
+def test_the_log_says_what_is_padded(make_trainer, name, padded, times) -> None:
+    trainer = make_trainer(find_trainer(name), **PLANS["anisotropic"])
+    trainer.initialize()
+    trainer.on_train_start()
+    log = Path(trainer.log_file).read_text()
+    assert f"sees the patch [10, 36, 20] as {padded}, {times} times as many voxels." in log
 
 
 def test_dynunet_has_the_plans_levels_and_refuses_two() -> None:
