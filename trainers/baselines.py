@@ -117,7 +117,8 @@ class _ContinuedWarmup(nnUNetTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
         nnUNetTrainer.load_checkpoint(self, filename_or_checkpoint)
-        if self.current_epoch >= self.warmup_duration_whole_net:
+        # Not when it is finished, and perhaps was all warm-up: there is no rate beyond the last epoch.
+        if self.warmup_duration_whole_net <= self.current_epoch < self.num_epochs:
             self.optimizer, self.lr_scheduler = self.configure_optimizers("train")
 
 

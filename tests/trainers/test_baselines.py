@@ -298,6 +298,17 @@ def test_primus_warms_up_trains_and_continues(make_trainer, name) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in continued.network.state_dict().items())
 
 
+def test_a_finished_training_of_primus_that_was_all_warmup_loads(make_trainer) -> None:
+    trainer_class = find_trainer("nnUNetTrainerPrimus_S_1epochs1iters")
+    trainer = make_trainer(trainer_class)
+    trainer.initialize()
+    path = f"{trainer.output_folder}/checkpoint_final.pth"
+    trainer.save_checkpoint(path)
+    again = make_trainer(trainer_class)
+    again.load_checkpoint(path)
+    assert again.current_epoch == again.num_epochs == again.warmup_duration_whole_net == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_compiled_it_gives_the_same_logits(make_trainer, name) -> None:
