@@ -76,7 +76,7 @@ class UNETR(PaddedNetwork):
             spatial_dims=len(strides[0]),
         )
         for block in network.vit.blocks:
-            # MONAI builds the norm, and 1.5 both, and never calls them; distributed training would wait for their gradients.
+            # MONAI builds the norm (1.5 both) and never calls it; distributed training would wait for its gradients.
             block.norm_cross_attn = nn.Identity()
             block.cross_attn = nn.Identity()
         super().__init__(network, strides, output_strides, [], deep_supervision)
