@@ -190,14 +190,38 @@ def _table(trial: Trial) -> pd.DataFrame:
     return pd.read_parquet(trial.output / "report" / "cases.parquet")
 
 
+# The test's SLURM keeps no accounts, and the plugin's wait of 40 s is for real jobs.
+WITHOUT_ACCOUNTING = (
+    *("--slurm-status-command", "squeue", "--slurm-no-account"),
+    *("--slurm-init-seconds-before-status-checks", "2"),
+)
+
+
 def _profile_for_one_node(trial: Trial) -> None:
     """The shipped slurm profile, changed as a user of this machine would."""
     file = trial.output / "workflow" / "slurm" / "config.yaml"
     text = re.sub(r"(prepare|train|predict): \d+ ", r"\1: 1 ", file.read_text())
     text = re.sub(r"mem_mb: \d+", "mem_mb: 2000", text).replace("retries: 2", "retries: 0")
-    # no accounting in this SLURM; the plugin's own wait of 40 s is for real jobs
-    text += "slurm-status-command: squeue\nslurm-no-account: true\nslurm-init-seconds-before-status-checks: 2\n"
     file.write_text(text)
+
+
+@pytest.mark.slurm
+def test_what_slurm_is_asked_for(small, tmp_path, monkeypatch):
+    small.change("device: cpu", "device: cuda")
+    comparison = small.comparison()
+    write_workflow(comparison)
+    comparison.prepare()
+    asked = tmp_path / "asked"
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\necho "$*" | tr "\\n" " " >>{asked}\necho >>{asked}\nexit 1\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    snakemake(small, "slurm", "--retries", "0", *WITHOUT_ACCOUNTING, rc=1)
+    lines = asked.read_text().splitlines()
+    assert len(lines) == 4
+    for option in ("--gpus=1", "--cpus-per-task=12", "-t 2880", "--mem 48000"):
+        assert all(f" {option} " in line for line in lines), option
 
 
 @pytest.mark.slurm
@@ -215,7 +239,7 @@ def test_through_slurm_it_resumes_and_ends_as_an_undisturbed_run(small, tmp_path
     write_workflow(small.comparison())
     _profile_for_one_node(small)
     monkeypatch.setenv("FAKE_BAD", "DeformUX")
-    shown = snakemake(small, "slurm", rc=1)
+    shown = snakemake(small, "slurm", *WITHOUT_ACCOUNTING, rc=1)
     assert "Some jobs failed. The same command goes on from here" in shown
     assert len(re.findall("has been submitted with SLURM jobid", shown)) >= 5
     assert not (small.output / "report").exists()
@@ -229,7 +253,7 @@ def test_through_slurm_it_resumes_and_ends_as_an_undisturbed_run(small, tmp_path
     monkeypatch.delenv("FAKE_BAD")
     monkeypatch.setenv("FAKE_SLOW", "5")
     folder = small.output / "workflow"
-    command = [SNAKEMAKE, "-s", folder / "Snakefile", "--profile", folder / "slurm"]
+    command = [SNAKEMAKE, "-s", folder / "Snakefile", "--profile", folder / "slurm", *WITHOUT_ACCOUNTING]
     with (tmp_path / "killed.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         while not list(small.output.glob("nnUNet_results/*/*DeformUX*/fold_*/checkpoint_latest.pth")):
@@ -240,7 +264,7 @@ def test_through_slurm_it_resumes_and_ends_as_an_undisturbed_run(small, tmp_path
     while subprocess.run(["squeue", "-h"], check=True, capture_output=True).stdout:
         time.sleep(0.5)
     monkeypatch.setenv("FAKE_SLOW", "0")
-    snakemake(small, "slurm")
+    snakemake(small, "slurm", *WITHOUT_ACCOUNTING)
     calls = [call["args"] for call in small.calls() if call["name"] == "nnUNetv2_train"][before:]
     assert sum("AdamW" in " ".join(args) for args in calls) == 2  # never again
     assert any("--c" in args for args in calls)  # and the stand-in refuses to start over a checkpoint
