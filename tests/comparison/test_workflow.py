@@ -200,7 +200,7 @@ WITHOUT_ACCOUNTING = (
 def _profile_for_one_node(trial: Trial) -> None:
     """The shipped slurm profile, changed as a user of this machine would."""
     file = trial.output / "workflow" / "slurm" / "config.yaml"
-    text = re.sub(r"(prepare|train|predict): \d+ ", r"\1: 1 ", file.read_text())
+    text = re.sub(r"(prepare|train|predict): \d+", r"\1: 1", file.read_text())
     text = re.sub(r"mem_mb: \d+", "mem_mb: 2000", text).replace("retries: 2", "retries: 0")
     file.write_text(text)
 
