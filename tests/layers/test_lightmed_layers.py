@@ -94,6 +94,7 @@ def test_squeeze_excite(channels, hidden):
     torch.testing.assert_close(layer(x), x * gate)
     with torch.no_grad():
         torch.testing.assert_close(layer(x.clone()), x * gate)
+    assert 0.9 < gate.min() < gate.max() < 0.98, "it starts open, and not so far that it cannot close"
 
 
 def test_ghosts_are_a_depthwise_convolution_of_the_first_half():

@@ -12,10 +12,20 @@ from phantoms import SCENARIOS
 
 from nnunet_deform import trainers
 
+# One of each network, and the loss that is not nnU-Net's.
+FAST = (
+    "nnUNetTrainerDeformUX",
+    "nnUNetTrainerLightMedSeg",
+    "nnUNetTrainerLightMedSeg_paper",
+    "nnUNetTrainerMAGIC",
+    "nnUNetTrainerMAGICResEnc",
+)
+OTHERS = tuple(name for name in trainers.__all__ if name not in FAST)
+
 
 @pytest.fixture(scope="module")
-def results(prepared, tmp_path_factory) -> list[dict]:
-    """Of both processes, by trainer."""
+def results(request, prepared, tmp_path_factory) -> list[dict]:
+    """Of both processes, by trainer; for the trainers that the parameter names."""
     folder = tmp_path_factory.mktemp("distributed")
     source = prepared(SCENARIOS["cascade"])
     preprocessed = folder / "preprocessed" / "Dataset999_Phantom"
@@ -31,7 +41,7 @@ def results(prepared, tmp_path_factory) -> list[dict]:
     logs = [folder / f"{rank}.log" for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder), *trainers.__all__],
+            [sys.executable, str(script), str(rank), str(folder), *request.param],
             env=environment,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -50,7 +60,14 @@ def results(prepared, tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", trainers.__all__)
+@pytest.mark.parametrize(
+    ("results", "name"),
+    [
+        *(pytest.param(FAST, name, id=name) for name in FAST),
+        *(pytest.param(OTHERS, name, id=name, marks=pytest.mark.slow) for name in OTHERS),
+    ],
+    indirect=["results"],
+)
 def test_equal_weights_after_two_steps_on_different_batches(results, name) -> None:
     one, other = (result[name] for result in results)
     assert one["losses"][0] != other["losses"][0]

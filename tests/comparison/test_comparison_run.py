@@ -349,6 +349,7 @@ def _children(trial: Trial) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks processes up in /proc")
 def test_killed_twice_at_random_points_it_ends_as_an_undisturbed_run(trial, undisturbed, fakes, monkeypatch):
     monkeypatch.setenv("FAKE_SLOW", "0.15")
