@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_deform.commands import find_command
-from nnunet_deform.comparison.collect import scores_file, test_scores_file
+from nnunet_deform.comparison.collect import ensemble_scores_file, scores_file
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.files import fingerprint, write_json, write_text
 from nnunet_deform.comparison.run import Comparison
@@ -58,7 +58,7 @@ def describe_jobs(comparison: Comparison) -> dict[str, Any]:
         "arms": {
             arm[0].arm_key: {
                 "folds": [relative(scores_file(training, folders)) for training in arm],
-                "test": relative(test_scores_file(arm[0], folders)) if comparison.has_test_set(arm[0]) else None,
+                "test": relative(ensemble_scores_file(arm[0], folders)) if comparison.has_test_set(arm[0]) else None,
                 "cost": relative(costs_file(arm[0], folders)),
             }
             for arm in comparison.arms()
