@@ -313,20 +313,18 @@ class Comparison:
                     self.train(training)  # scores it, if that is still missing
                     continue
                 clock.start(training)
-                try:
-                    with self.locked(training.key):  # a cluster's job may have it
-                        self.train(training, clock.read)
-                except RunError as error:
-                    failures.append(f"{training}: {error}")
+                # the lock: a cluster's job may have it
+                with _noting(failures, str(training)), self.locked(training.key):
+                    self.train(training, clock.read)
                 clock.stop()
         # The report is worth having without these.
         for arm in self.arms():
             if self.has_test_set(arm[0]) and all(self.is_done(training) for training in arm):
-                with _noting(failures):
+                with _noting(failures, f"test set with {arm[0].arm_key}"):
                     self.predict_test(arm)
         for arm in self.arms():
             if self.is_done(arm[0]):
-                with _noting(failures):
+                with _noting(failures, f"cost of {arm[0].arm_key}"):
                     self.measure_cost(arm)
         return failures
 
@@ -345,11 +343,11 @@ class Comparison:
 
 
 @contextmanager
-def _noting(failures: list[str]) -> Iterator[None]:
+def _noting(failures: list[str], what: str) -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        failures.append(str(error))
+        failures.append(f"{what}: {error}")
 
 
 class _Clock:

@@ -300,8 +300,11 @@ def test_a_test_set_without_labels_is_refused(trial):
 def test_a_failing_test_prediction_leaves_a_report(finished, monkeypatch):
     shutil.rmtree(finished.output / "test")
     monkeypatch.setenv("FAKE_BAD_TEST", "1")
-    (failure,) = finished.run()
-    assert failure.startswith("nnUNetv2_predict ended with exit code 1; its whole output is in")
+    failures = finished.run()
+    starts = [
+        f"test set with {NAME}-3d_fullres/{arm}: nnUNetv2_predict ended" for arm in ("stock", "DeformUX", "ResEnc")
+    ]
+    assert [failure[: len(start)] for failure, start in zip(failures, starts, strict=True)] == starts
     assert "Declared hypotheses" in finished.report()
 
 
