@@ -210,16 +210,17 @@ def test_what_slurm_is_asked_for(small, tmp_path, monkeypatch):
     write_workflow(comparison)
     comparison.prepare()
     asked = tmp_path / "asked"
+    asked.mkdir()
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\necho "$*" | tr "\\n" " " >>{asked}\necho >>{asked}\nexit 1\n')
+    sbatch.write_text(f'#!/bin/sh\necho "$*" >{asked}/$$\nexit 1\n')  # a file each: they come at the same time
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     snakemake(small, "slurm", "--retries", "0", *WITHOUT_ACCOUNTING, rc=1)
-    lines = asked.read_text().splitlines()
-    assert len(lines) == 4
+    calls = [file.read_text() for file in asked.iterdir()]
+    assert len(calls) == 4
     for option in ("--gpus=1", "--cpus-per-task=12", "-t 2880", "--mem 48000"):
-        assert all(f" {option} " in line for line in lines), option
+        assert all(f" {option} " in call for call in calls), option
 
 
 @pytest.mark.slurm
