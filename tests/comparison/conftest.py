@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_deform import commands
+from nnunet_deform.comparison.workflow import write
 
 # helper modules beside the tests
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,7 +39,8 @@ def fakes(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def use_fakes(fakes, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
+    for module in (commands, write):
+        monkeypatch.setattr(module, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
     monkeypatch.setattr(commands, "_GRACE_S", 0.5)
     monkeypatch.setattr(commands, "_POLL_S", 0.02)
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.jsonl"))

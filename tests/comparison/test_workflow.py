@@ -62,7 +62,7 @@ def counts(trial: Trial) -> dict[str, int]:
     return {rule: int(number) for rule, number in re.findall(r"^(\w+) +(\d+)$", shown, re.M)}
 
 
-def test_the_jobs_are_those_of_the_experiment(trial):
+def test_the_jobs_are_those_of_the_experiment(trial, fakes):
     trial.change("test: true}", "test: true}\n  - {id: Dataset007_Boxes, configuration: 2d}")
     comparison = trial.comparison()
     jobs = read_json(write_workflow(comparison) / "jobs.json")
@@ -90,7 +90,7 @@ def test_the_jobs_are_those_of_the_experiment(trial):
         "nnUNet_raw": str(trial.folder / "raw"),
         "nnUNet_preprocessed": str(trial.folder / "preprocessed"),
     }
-    assert Path(jobs["nnunet_deform"]).is_absolute()
+    assert jobs["nnunet_deform"] == str(fakes / "nnunet-deform")
     assert jobs["gpu"] is False
     trial.change("device: cpu", "device: cuda")
     assert read_json(write_workflow(trial.comparison()) / "jobs.json")["gpu"] is True
