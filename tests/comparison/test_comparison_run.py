@@ -25,7 +25,7 @@ from nnunet_deform.comparison.files import fingerprint, read_json
 from nnunet_deform.comparison.prepare import PreparationError
 from nnunet_deform.comparison.run import RunError, format_seconds
 from nnunet_deform.comparison.splits import SplitError
-from nnunet_deform.comparison.trainings import TrainingError, list_trainings, read_record
+from nnunet_deform.comparison.trainings import Training, TrainingError, list_trainings, read_record
 
 pytestmark = pytest.mark.usefixtures("use_fakes")
 
@@ -69,6 +69,11 @@ def finished(undisturbed, tmp_path) -> Trial:
 
 
 SUFFIX = "_3epochs5iters_seed1_unmirrored"
+ARMS = (
+    ("stock", "nnUNetTrainer_AdamW", "nnUNetPlans_batch2"),
+    ("DeformUX", "nnUNetTrainerDeformUX", "nnUNetPlans_batch2"),
+    ("ResEnc", "nnUNetTrainer_AdamW", "nnUNetResEncUNetMPlans_batch2"),
+)
 
 
 def test_a_whole_run_then_nothing_is_done_twice(trial):
@@ -91,8 +96,20 @@ def test_a_whole_run_then_nothing_is_done_twice(trial):
     ]
     # 3 arms on 3 folds, and two more seeds of two arms on fold 0
     assert len(trainings) == len({tuple(call["args"]) for call in trainings}) == 13
-    assert sum(call["name"] == "nnUNetv2_predict" for call in calls) == 3
-    assert sum(call["name"] == "cost" for call in calls) == 3
+    predicted = [call["args"] for call in calls if call["name"] == "nnUNetv2_predict"]
+    measured = [call["args"] for call in calls if call["name"] == "cost"]
+    for number, (arm, trainer, plans) in enumerate(ARMS):
+        assert predicted[number] == [
+            *("-d", NAME, "-i", str(trial.folder / "raw" / NAME / "imagesTs")),
+            *("-o", str(trial.output / "test" / f"{NAME}-3d_fullres" / arm), "-c", "3d_fullres"),
+            *("-tr", f"{trainer}{SUFFIX}", "-p", plans, "-f", "0", "1", "2", "-device", "cpu"),
+            *("-npp", "1", "-nps", "1", "--disable_tta"),
+        ]
+        assert measured[number][2:] == [
+            *(NAME, "3d_fullres", "0", f"{trainer}{SUFFIX}", plans, "cpu", "False"),
+            str(trial.output / "costs" / f"{NAME}-3d_fullres" / f"{arm}.json"),
+        ]
+    assert len(predicted) == len(measured) == 3
 
     preprocessed = trial.folder / "preprocessed" / NAME
     assert read_json(preprocessed / "nnUNetPlans_batch2.json")["configurations"]["3d_fullres"]["batch_size"] == 2
@@ -137,6 +154,9 @@ def test_the_report_says_what_was_found_and_where_from(finished):
     assert record.plans[:12] in page
     assert record.commands[0] in page
     assert f"torch {record.versions['torch']}" in page
+    for arm, *_ in ARMS:
+        assert f"<tr><td>{arm}</td>" + "".join(f"<td>{n}</td>" for n in ("0.001", "1.00", "0.10", "0.5", "2")) in page
+        assert f"<tr><td>{arm}</td><td>2</td>" in page  # the test set has two cases
     folder = trial.output / "report"
     assert {path.name for path in folder.iterdir()} == {
         *("report.html", "cases.parquet", "cases.csv", "arms.csv", "contrasts.csv", "hypotheses.csv"),
@@ -158,6 +178,7 @@ def _experiment(trial: Trial):
 
 def test_hypotheses_changed_after_the_first_run_are_told(finished):
     finished.change("  - [DeformUX, stock]\n", "")
+    assert finished.run() == []
     assert "The hypotheses were CHANGED after the first run" in finished.report()
 
 
@@ -193,8 +214,13 @@ def test_a_case_left_out_by_the_validation_is_a_failure(trial, monkeypatch):
     failures = trial.run()
     assert len(failures) == 3
     assert "not every case of the fold was predicted" in failures[0]
+    failed = _records(trial)[1]
     monkeypatch.delenv("FAKE_SKIP")
     assert trial.run() == []
+    record = _records(trial)[1]
+    assert (record.failed, record.started) == (None, failed.started)
+    assert record.seconds > failed.seconds > 0
+    assert len(record.commands) == 2
     # only the validation is repeated
     assert [c["args"][-1] for c in trial.calls() if c["name"] == "nnUNetv2_train"][-3:] == ["--val"] * 3
 
@@ -257,6 +283,24 @@ def test_contradicting_scores_are_refused_by_name(finished):
     other = table["label"].replace("front", "other")
     assert "scores of the classes ['back', 'other']; the dataset has ['back', 'front']" in refusal(label=other)
     assert "scores of ['stranger']" in refusal(case=table["case"].replace(case, "stranger"))
+    assert "Dice of front in" in refusal(voxels_truth=0, voxels_prediction=0)
+
+
+def test_a_training_without_scores_is_told(finished):
+    (finished.output / "scores" / f"{NAME}-3d_fullres" / "DeformUX_seed1_fold0.parquet").unlink()
+    page = finished.report()
+    assert f"No scores of DeformUX, seed 1, fold 0 of {NAME} (3d_fullres): trained, not scored." in page
+    assert "DeformUX is left out of all statistics" in page
+
+
+def test_where_a_training_goes_on(tmp_path):
+    training = Training("Dataset001_X", "2d", "arm", "nnUNetTrainer", "nnUNetPlans", 1, 0)
+    start = ["nnUNetv2_train", "Dataset001_X", "2d", "0", "-tr", "nnUNetTrainer", "-p", "nnUNetPlans", "-device", "cpu"]
+    assert training.command(tmp_path, "cpu") == start
+    training.folder(tmp_path).mkdir(parents=True)
+    for checkpoint, last in (("latest", "--c"), ("best", "--c"), ("final", "--val")):
+        (training.folder(tmp_path) / f"checkpoint_{checkpoint}.pth").touch()
+        assert training.command(tmp_path, "cpu") == [*start, last]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +332,22 @@ def test_an_existing_split_that_mixes_patients_is_refused_and_kept(trial):
         trial.run()
     assert read_json(file) == folds
     assert trial.calls() == []
+
+
+def test_cases_that_are_not_preprocessed_are_refused_after_trainings(finished):
+    """nnU-Net would preprocess all of them anew."""
+    case = finished.folder / "preprocessed" / NAME / "nnUNetPlans_3d_fullres" / "tr_03.pkl"
+    case.unlink()
+    with pytest.raises(PreparationError, match=r"lacks cases that the dataset has, but .*fold_0 was already trained"):
+        finished.run()
+    assert finished.calls() == []
+
+
+def test_preprocessing_that_leaves_cases_out_is_refused(trial, monkeypatch):
+    monkeypatch.setenv("FAKE_SKIP", "preprocess")
+    with pytest.raises(PreparationError, match=r"nnUNetv2_preprocess has left cases out of .*nnUNetPlans_3d_fullres"):
+        trial.run()
+    assert trial.trained() == []
 
 
 def test_a_test_set_without_labels_is_refused(trial):
