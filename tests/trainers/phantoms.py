@@ -21,6 +21,7 @@ import nnunetv2.postprocessing.remove_connected_components
 import nnunetv2.preprocessing.preprocessors.default_preprocessor
 import nnunetv2.run.run_training
 import nnunetv2.training.nnUNetTrainer.nnUNetTrainer
+import nnunetv2.utilities.utils
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -215,6 +216,8 @@ def threads_for_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for module in _POOLS:
         monkeypatch.setattr(module, "multiprocessing", pools)
+    # Each prediction lists its images with twelve forks of this process, whose page tables alone take seconds to copy.
+    monkeypatch.setattr(nnunetv2.utilities.utils, "Pool", ThreadPool)
 
 
 def prepare(folder: Path, scenario: Scenario, name: str = "Dataset999_Phantom") -> None:

@@ -22,19 +22,10 @@ MAIN = ("nnUNetTrainerDeformUX", "nnUNetTrainerLightMedSeg", "nnUNetTrainerMAGIC
 CPU = torch.device("cpu")
 DATASET = "Dataset999_Phantom"
 
-# MAGICResEnc differs from MAGIC in its encoder alone, and CI has twenty minutes.
-FAST = MAIN[:3]
-
-
-def fast_first(names: Sequence[str]) -> pytest.MarkDecorator:
-    """Parametrised over the names; those that are not ``FAST`` are slow."""
-    return pytest.mark.parametrize(
-        "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
-    )
-
-
-main_trainers = fast_first(MAIN)
-all_trainers = fast_first([*MAIN, *(name for name in trainers.__all__ if name not in MAIN)])
+main_trainers = pytest.mark.parametrize("name", MAIN)
+all_trainers = pytest.mark.parametrize(
+    "name", [*MAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in trainers.__all__ if name not in MAIN)]
+)
 # Their options choose among three axes.
 ONLY_3D = ("nnUNetTrainerDeformUX_xy", "nnUNetTrainerDeformUX_xz", "nnUNetTrainerDeformUX_yz")
 
