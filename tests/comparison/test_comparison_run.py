@@ -156,7 +156,7 @@ def test_the_report_says_what_was_found_and_where_from(finished):
     assert f"torch {record.versions['torch']}" in page
     for arm, *_ in ARMS:
         assert f"<tr><td>{arm}</td>" + "".join(f"<td>{n}</td>" for n in ("0.001", "1.00", "0.10", "0.5", "2")) in page
-        assert f"<tr><td>{arm}</td><td>2</td>" in page  # the test set has two cases
+        assert f"<tr><td>{arm}</td><td>2</td>" in page.partition("<h3>Test set</h3>")[2]  # it has two cases
     folder = trial.output / "report"
     assert {path.name for path in folder.iterdir()} == {
         *("report.html", "cases.parquet", "cases.csv", "arms.csv", "contrasts.csv", "hypotheses.csv"),
@@ -169,6 +169,19 @@ def test_the_report_says_what_was_found_and_where_from(finished):
         assert row.mean == pytest.approx(first[first["arm"] == row.arm][row.metric].mean())
         assert row.low < row.mean < row.high
     assert r"\begin{tabular}" in (folder / "arms.tex").read_text()
+
+
+def test_the_worst_case_is_shown_from_its_own_fold(finished):
+    for arm, *_ in ARMS:
+        file = finished.output / "scores" / f"{NAME}-3d_fullres" / f"{arm}_seed1_fold2.parquet"
+        table = pd.read_parquet(file)
+        case = table["case"].iloc[0]
+        table.assign(Dice=table["Dice"].where(table["case"] != case, 0.0)).to_parquet(file, index=False)
+    page = finished.report()
+    assert f"The worst case: {case}" in page
+    for arm, *_ in ARMS:
+        assert f'<img alt="{case}, {arm}" src="data:image/png;base64,' in page
+        assert f"<figcaption>{arm}: 0.0000</figcaption>" in page
 
 
 def _experiment(trial: Trial):
@@ -376,6 +389,7 @@ def test_tolerances_must_name_every_class(trial):
 
 def test_a_tolerance_of_a_class_counts(trial):
     trial.change("folds: [0, 1, 2]", "folds: [0]")
+    trial.change("seeds: {first: 1, repeats: [2, 3], folds: [0], arms: [stock, DeformUX]}\n", "")
     trial.change("test: true", "tolerance: {front: 0.1, back: 50}")
     trial.run()
     table = trial.table()
