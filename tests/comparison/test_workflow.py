@@ -50,7 +50,8 @@ def snakemake(trial: Trial, profile: str, *arguments: str, rc: int = 0) -> str:
     """
     folder = trial.output / "workflow"
     command = [SNAKEMAKE, "-s", str(folder / "Snakefile"), "--profile", str(folder / profile), *arguments]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # its log goes into the folder in which it was started
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=trial.folder)
     assert ended.returncode == rc, ended.stdout
     return ended.stdout
 
@@ -255,7 +256,9 @@ def test_through_slurm_it_resumes_and_ends_as_an_undisturbed_run(small, tmp_path
     folder = small.output / "workflow"
     command = [SNAKEMAKE, "-s", folder / "Snakefile", "--profile", folder / "slurm", *WITHOUT_ACCOUNTING]
     with (tmp_path / "killed.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=small.folder
+        )
         while not list(small.output.glob("nnUNet_results/*/*DeformUX*/fold_*/checkpoint_latest.pth")):
             assert process.poll() is None, (tmp_path / "killed.log").read_text()
             time.sleep(0.2)
