@@ -3,6 +3,7 @@
 import contextlib
 import io
 import platform
+import shlex
 from collections.abc import Iterator
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -422,7 +423,7 @@ def compare_jobs(file: _ExperimentFile) -> None:
 
         comparison = Comparison(file, Console(), Interrupts())
         for number, training in enumerate(comparison.trainings):
-            print(f"{number}\t{'done' if comparison.is_done(training) else 'to do'}\t{training}")
+            print(f"{number}\t{'done' if comparison.is_done(training) else 'to do'}\t{training.key}")
 
 
 @compare.command("prepare")
@@ -433,12 +434,14 @@ def compare_prepare(file: _ExperimentFile) -> None:
         from nnunet_deform.comparison.run import Comparison
 
         with Interrupts() as interrupts:
-            Comparison(file, Console(), interrupts).prepare()
+            comparison = Comparison(file, Console(), interrupts)
+            with comparison.locked():
+                comparison.prepare()
 
 
 @compare.command("train")
 def compare_train(
-    file: _ExperimentFile, job: Annotated[int, typer.Option("--job", help="Its number, of compare jobs.", min=0)]
+    file: _ExperimentFile, job: Annotated[str, typer.Option("--job", help="Its number or name, of compare jobs.")]
 ) -> None:
     """Train, validate and score one training: one job on a cluster. A finished one is left alone."""
     with _comparison_errors():
@@ -447,11 +450,52 @@ def compare_train(
 
         with Interrupts() as interrupts:
             comparison = Comparison(file, Console(), interrupts)
-            if job >= len(comparison.trainings):
-                raise _fail(f"there is no job {job}; the experiment has {len(comparison.trainings)} trainings.")
-            training = comparison.trainings[job]
-            with comparison.locked(training):
+            training = comparison.find_training(job)
+            with comparison.locked(training.key):
                 comparison.train(training)
+
+
+_Arm = Annotated[
+    str, typer.Option("--arm", help="Dataset, configuration and arm, for example Dataset501_X-3d_fullres/stock.")
+]
+
+
+@compare.command("predict")
+def compare_predict(file: _ExperimentFile, arm: _Arm) -> None:
+    """Predict and score the test set with an arm's folds: one job on a cluster."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.run import Comparison
+
+        with Interrupts() as interrupts:
+            comparison = Comparison(file, Console(), interrupts)
+            comparison.predict_test(comparison.find_arm(arm))
+
+
+@compare.command("cost")
+def compare_cost(file: _ExperimentFile, arm: _Arm) -> None:
+    """Measure an arm's parameters, memory and times: one job on a cluster."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.run import Comparison
+
+        with Interrupts() as interrupts:
+            comparison = Comparison(file, Console(), interrupts)
+            comparison.measure_cost(comparison.find_arm(arm))
+
+
+@compare.command("workflow")
+def compare_workflow(file: _ExperimentFile) -> None:
+    """Write the experiment as a Snakemake workflow, for one machine or a SLURM cluster."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.run import Comparison
+        from nnunet_deform.comparison.workflow import PROFILES, write_workflow
+
+        folder = write_workflow(Comparison(file, Console(), Interrupts()))
+    print(f"Wrote {folder}. Look at its profiles, then run one of these where Snakemake is installed:")
+    for name in PROFILES:
+        print(f"  {shlex.join(['snakemake', '-s', str(folder / 'Snakefile'), '--profile', str(folder / name)])}")
 
 
 @compare.command("report")

@@ -51,7 +51,11 @@ def test_the_wheel_holds_every_module_and_nothing_at_top_level(unpacked_wheel):
         expected |= {"nnunet_deform" / path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
     assert shipped == expected
     assert (unpacked_wheel / "nnunet_deform" / "py.typed").exists()
-    assert (unpacked_wheel / "nnunet_deform" / "comparison" / "report" / "template.html").exists()
+    comparison = unpacked_wheel / "nnunet_deform" / "comparison"
+    assert (comparison / "report" / "template.html").exists()
+    assert {p.name for p in (comparison / "workflow").iterdir() if p.suffix != ".py"} >= {
+        *("Snakefile", "local.yaml", "slurm.yaml"),
+    }
     assert {p.name for p in unpacked_wheel.iterdir() if not p.name.endswith(".dist-info")} == {"nnunet_deform"}
 
 

@@ -38,7 +38,7 @@ class Collected:
 
 def test_folder(training: Training, folders: Folders) -> Path:
     """Where the test cases' predictions of an arm's folds lie."""
-    return folders.output / "test" / f"{training.dataset}-{training.configuration}" / training.arm
+    return folders.output / "test" / training.arm_key
 
 
 def scores_file(training: Training, folders: Folders) -> Path:
@@ -95,14 +95,14 @@ def score_training(experiment: Experiment, training: Training, found: DatasetFol
     _score(experiment, training, found, training.summary(folders.results), scores_file(training, folders))
 
 
-def _test_scores_file(training: Training, folders: Folders) -> Path:
+def ensemble_scores_file(training: Training, folders: Folders) -> Path:
     return folders.output / "scores" / f"{training.key}_test.parquet"
 
 
 def score_test(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
     """Write the scores of an arm's test predictions, if they are not there."""
     summary = test_folder(training, folders) / "summary.json"
-    _score(experiment, training, found, summary, _test_scores_file(training, folders))
+    _score(experiment, training, found, summary, ensemble_scores_file(training, folders))
 
 
 def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
@@ -139,8 +139,8 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         faults += check_scores(table, expected, tuple(found.labels), str(training))
         patients = patients_by_dataset[training.dataset]
         out_of_fold.append(_described(table, training, training.fold).assign(patient=table["case"].map(patients)))
-        if _test_scores_file(training, folders).exists():
-            of_test = pd.read_parquet(_test_scores_file(training, folders))
+        if ensemble_scores_file(training, folders).exists():
+            of_test = pd.read_parquet(ensemble_scores_file(training, folders))
             test.append(_described(of_test, training, -1).assign(patient=of_test["case"]))
     if faults:
         raise CollectionError("\n".join(faults))

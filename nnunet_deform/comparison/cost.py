@@ -45,7 +45,7 @@ class Cost:
 
 
 def costs_file(training: Training, folders: Folders) -> Path:
-    return folders.output / "costs" / f"{training.dataset}-{training.configuration}" / f"{training.arm}.json"
+    return folders.output / "costs" / f"{training.arm_key}.json"
 
 
 def read_cost(training: Training, folders: Folders) -> Cost | None:

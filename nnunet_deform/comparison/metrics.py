@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json, region_or_label_to_mask
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
@@ -63,6 +61,10 @@ def surface_scores(
         return float("nan"), float("nan")
     if not truth.any() or not prediction.any():
         return 0.0, math.hypot(*(n * step for n, step in zip(truth.shape, spacing, strict=True)))
+    # Importing MONAI takes more time than everything else of `compare` together, and most steps score nothing.
+    import torch
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
     union = truth | prediction
     window = tuple(
         slice(used[0], used[-1] + 1)

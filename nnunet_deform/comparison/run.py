@@ -21,7 +21,7 @@ from nnunet_deform.commands import Interrupts, describe_exit, last_lines, run_co
 from nnunet_deform.comparison.collect import score_test, score_training, test_folder
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
-from nnunet_deform.comparison.files import read_json, write_json
+from nnunet_deform.comparison.files import read_json, write_json, write_text
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, prepare_dataset
 from nnunet_deform.comparison.trainings import (
     Training,
@@ -110,31 +110,32 @@ class Comparison:
             raise RunError(f"{argv[0]} ended {describe_exit(code)}; its whole output is in {log}")
 
     @contextmanager
-    def locked(self, training: Training | None = None) -> Iterator[None]:
-        """Keep others away from the whole run, or from one training. The commands inherit the lock, so that it also
-        lasts while one still runs whose parent was killed.
+    def locked(self, part: str | None = None) -> Iterator[None]:
+        """Keep others away from the whole run, or from one part of it, a training's key for example. The commands
+        inherit the lock, so that it also lasts while one still runs whose parent was killed.
 
         Raises:
             RunError: another process has the lock.
         """
         file = self.folders.output / ".lock"
-        if training is not None:
-            file = self.folders.output / "records" / f"{training.key}.lock"
+        if part is not None:
+            file = self.folders.output / "records" / f"{part}.lock"
         file.parent.mkdir(parents=True, exist_ok=True)
+        outer = self._locks
         with file.open("w") as lock:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise RunError(
-                        f"{file} is held by a run of this experiment, or by a command that a killed run has left; wait "
-                        "for it or end it (fuser names it)."
+                        f"{file} is held by a run or job of this experiment, or by a command that a killed one has "
+                        "left; wait for it or end it (fuser names it, on its machine)."
                     ) from None
-                self._locks = (lock.fileno(),)
+                self._locks = (*outer, lock.fileno())
             try:
                 yield
             finally:
-                self._locks = ()
+                self._locks = outer
 
     def prepare(self) -> None:
         """Declare the hypotheses, plan, preprocess, make folds.
@@ -153,12 +154,39 @@ class Comparison:
                 self._command(argv, logs / name / f"{words}.log", nnUNet_n_proc_DA="1")
 
             prepare_dataset(self.experiment, dataset, self.folders, self.file, run)
+        # A sign for schedulers, newer than the experiment file.
+        write_text(self.folders.output / "prepared", f"{now()}\n")
 
     def _declare(self) -> None:
         """Keep what the first run declared, so that a report can tell when it was changed afterwards."""
         file = self.folders.output / "declared.json"
         if not file.exists():
             write_json(file, {"date": now(), **declaration(self.experiment)})
+
+    def find_training(self, job: str) -> Training:
+        """By number or name (:attr:`Training.key`); names stay valid when the experiment grows.
+
+        Raises:
+            RunError: there is none.
+        """
+        jobs = {name: t for i, t in enumerate(self.trainings) for name in (str(i), t.key)}
+        if job not in jobs:
+            raise RunError(
+                f"there is no job {job}; the {len(self.trainings)} trainings go from 0 ({self.trainings[0].key}) to "
+                f"{len(self.trainings) - 1} ({self.trainings[-1].key})."
+            )
+        return jobs[job]
+
+    def find_arm(self, name: str) -> list[Training]:
+        """One of :meth:`arms`, by :attr:`Training.arm_key`.
+
+        Raises:
+            RunError: there is none.
+        """
+        arms = {arm[0].arm_key: arm for arm in self.arms()}
+        if name not in arms:
+            raise RunError(f"there is no arm {name}; there are {', '.join(arms)}.")
+        return arms[name]
 
     def validation_cases(self, training: Training) -> list[str]:
         return read_json(self.datasets[training.dataset].splits_file)[training.fold]["val"]
@@ -202,26 +230,34 @@ class Comparison:
             finish(training, self.folders, record, time.monotonic() - started)
         score_training(self.experiment, training, found, self.folders)
 
-    def predict_test(self) -> None:
-        """Predict and score imagesTs with the ensemble of the folds, where the experiment asks for it.
+    def arms(self) -> list[list[Training]]:
+        """Each arm's trainings with the first seed on a dataset, one a fold."""
+        found: dict[str, list[Training]] = {}
+        for training in self.trainings:
+            if training.seed == self.experiment.seeds.first:
+                found.setdefault(training.arm_key, []).append(training)
+        return list(found.values())
+
+    def has_test_set(self, training: Training) -> bool:
+        """Whether the experiment asks for the test set of the training's dataset."""
+        data = (training.dataset, training.configuration)
+        return any(dataset.test and (found.name, dataset.configuration) == data for dataset, found in self._listed)
+
+    def predict_test(self, arm: list[Training]) -> None:
+        """Predict and score imagesTs with the ensemble of an arm's folds.
+
+        Args:
+            arm: one of :meth:`arms`.
 
         Raises:
-            RunError: a command failed.
+            RunError: a command failed, the experiment does not ask for it, or a fold is not trained.
         """
-        for dataset, found in self._listed:
-            for training in self._one_of_each_arm() if dataset.test else ():
-                same_data = (training.dataset, training.configuration) == (found.name, dataset.configuration)
-                if same_data and all(self.is_done(t) for t in self.trainings if _same_model(t, training)):
-                    self._predict_test_of(training, found)
-
-    def _one_of_each_arm(self) -> list[Training]:
-        seed, fold = self.experiment.seeds.first, self.experiment.folds[0]
-        return [training for training in self.trainings if (training.seed, training.fold) == (seed, fold)]
-
-    def _predict_test_of(self, training: Training, found: DatasetFolders) -> None:
+        training, found = arm[0], self.datasets[arm[0].dataset]
+        if not self.has_test_set(training):
+            raise RunError(f"the experiment does not ask for a test set of {training.dataset}; set test: true there.")
+        self._refuse_unfinished(arm)
         experiment, folder = self.experiment, test_folder(training, self.folders)
         if not (folder / "summary.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
             processes = str(experiment.resources.processes)
             predict = ["nnUNetv2_predict", "-d", training.dataset, "-i", str(found.raw / "imagesTs"), "-o", str(folder)]
             predict += ["-c", training.configuration, "-tr", training.trainer, "-p", training.plans]
@@ -231,24 +267,34 @@ class Comparison:
             evaluate = ["nnUNetv2_evaluate_folder", str(found.raw / "labelsTs"), str(folder), "-np", processes]
             evaluate += ["-djfile", str(folder / "dataset.json"), "-pfile", str(folder / "plans.json")]
             evaluate += ["-o", str(folder / "summary.json")]
-            for command in (predict, evaluate):
-                self._command(command, self.folders.output / "logs" / f"{training.key}_test_{command[0]}.log")
+            with self.locked(f"{training.key}_test"):
+                shutil.rmtree(folder, ignore_errors=True)
+                for command in (predict, evaluate):
+                    self._command(command, self.folders.output / "logs" / f"{training.key}_test_{command[0]}.log")
         score_test(experiment, training, found, self.folders)
 
-    def measure_costs(self) -> None:
-        """Measure each arm once, in a process of its own.
+    def _refuse_unfinished(self, trainings: list[Training]) -> None:
+        for training in trainings:
+            if not self.is_done(training):
+                raise RunError(f"{training} is not finished; train it first (--job {training.key}).")
+
+    def measure_cost(self, arm: list[Training]) -> None:
+        """Measure an arm, if that has not been done, in a process of its own.
+
+        Args:
+            arm: one of :meth:`arms`.
 
         Raises:
-            RunError: a measurement failed.
+            RunError: the measurement failed, or the first fold is not trained.
         """
-        for training in self._one_of_each_arm():
-            file = costs_file(training, self.folders)
-            done = read_record(training, self.folders)
-            if not file.exists() and done is not None and done.finished is not None:
-                arguments = [training.dataset, training.configuration, str(training.fold), training.trainer]
-                arguments += [training.plans, self.experiment.device, str(self.experiment.mirroring), str(file)]
-                command = [sys.executable, "-m", "nnunet_deform.comparison.cost", *arguments]
-                self._command(command, self.folders.output / "logs" / f"{training.key}_cost.log")
+        training = arm[0]
+        self._refuse_unfinished([training])
+        file = costs_file(training, self.folders)
+        if not file.exists():
+            arguments = [training.dataset, training.configuration, str(training.fold), training.trainer]
+            arguments += [training.plans, self.experiment.device, str(self.experiment.mirroring), str(file)]
+            command = [sys.executable, "-m", "nnunet_deform.comparison.cost", *arguments]
+            self._command(command, self.folders.output / "logs" / f"{training.key}_cost.log")
 
     def run(self) -> list[str]:
         """Everything but the report; goes on with the other trainings when one fails.
@@ -267,16 +313,19 @@ class Comparison:
                     self.train(training)  # scores it, if that is still missing
                     continue
                 clock.start(training)
-                try:
+                # the lock: a cluster's job may have it
+                with _noting(failures, str(training)), self.locked(training.key):
                     self.train(training, clock.read)
-                except RunError as error:
-                    failures.append(f"{training}: {error}")
                 clock.stop()
-        for step in (self.predict_test, self.measure_costs):
-            try:
-                step()
-            except RunError as error:  # the report is worth having without it
-                failures.append(str(error))
+        # The report is worth having without these.
+        for arm in self.arms():
+            if self.has_test_set(arm[0]) and all(self.is_done(training) for training in arm):
+                with _noting(failures, f"test set with {arm[0].arm_key}"):
+                    self.predict_test(arm)
+        for arm in self.arms():
+            if self.is_done(arm[0]):
+                with _noting(failures, f"cost of {arm[0].arm_key}"):
+                    self.measure_cost(arm)
         return failures
 
     @contextmanager
@@ -291,6 +340,14 @@ class Comparison:
                 known.setdefault(training.arm, []).append(record.seconds)
         with live as progress:
             yield _Clock(todo, known, self.experiment.budget.epochs, progress, self._console)
+
+
+@contextmanager
+def _noting(failures: list[str], what: str) -> Iterator[None]:
+    try:
+        yield
+    except RunError as error:
+        failures.append(f"{what}: {error}")
 
 
 class _Clock:
@@ -370,10 +427,3 @@ def declaration(experiment: Experiment) -> dict[str, object]:
         "alpha": experiment.statistics.alpha,
         "band": experiment.statistics.band,
     }
-
-
-def _same_model(first: Training, second: Training) -> bool:
-    return (first.dataset, first.configuration, first.arm, first.seed) == (
-        *(second.dataset, second.configuration),
-        *(second.arm, second.seed),
-    )

@@ -36,7 +36,12 @@ class Training:
     @property
     def key(self) -> str:
         """Names its record, log and scores; unique in an experiment."""
-        return f"{self.dataset}-{self.configuration}/{self.arm}_seed{self.seed}_fold{self.fold}"
+        return f"{self.arm_key}_seed{self.seed}_fold{self.fold}"
+
+    @property
+    def arm_key(self) -> str:
+        """The same of the arm on its dataset; names its costs and test predictions."""
+        return f"{self.dataset}-{self.configuration}/{self.arm}"
 
     def __str__(self) -> str:
         return f"{self.arm}, seed {self.seed}, fold {self.fold} of {self.dataset} ({self.configuration})"

@@ -1,5 +1,55 @@
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
+import pytest
+
+from nnunet_deform import commands
+from nnunet_deform.comparison.workflow import write
+
 # helper modules beside the tests
 sys.path.insert(0, str(Path(__file__).parent))
+
+from trial import Trial
+
+# nnunet-deform as a command, which runs the stand-ins
+OURS = """
+import sys
+from pathlib import Path
+from nnunet_deform import cli, commands
+fakes = Path(__file__).parent
+commands.find_command = lambda name: str(fakes / ("cost" if name == sys.executable else name))
+cli.app()
+"""
+
+
+@pytest.fixture(scope="session")
+def fakes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fakes")
+    text = (Path(__file__).parent / "fake_nnunet.py").read_text()
+    for name in ("extract_fingerprint", "plan_experiment", "preprocess", "train", "predict", "evaluate_folder"):
+        (folder / f"nnUNetv2_{name}").write_text(f"#!{sys.executable}\n{text}")
+    (folder / "cost").write_text(f"#!{sys.executable}\n{text}")
+    (folder / "nnunet-deform").write_text(f"#!{sys.executable}\n{OURS}")
+    for script in folder.iterdir():
+        script.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def use_fakes(fakes, tmp_path, monkeypatch) -> None:
+    for module in (commands, write):
+        monkeypatch.setattr(module, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
+    monkeypatch.setattr(commands, "_GRACE_S", 0.5)
+    monkeypatch.setattr(commands, "_POLL_S", 0.02)
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.jsonl"))
+    for variable in ("FAKE_SLOW", "FAKE_BAD", "FAKE_SKIP"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def trial(use_fakes, tmp_path) -> Trial:
+    trial = Trial(tmp_path / "work")
+    trial.write()
+    return trial

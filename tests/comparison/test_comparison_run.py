@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -17,41 +16,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import SimpleITK as sitk
-from rich.console import Console
+from trial import NAME, Trial
 
 from nnunet_deform import activation, commands
-from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.collect import CollectionError
 from nnunet_deform.comparison.experiment import ExperimentError
 from nnunet_deform.comparison.files import fingerprint, read_json
 from nnunet_deform.comparison.prepare import PreparationError
-from nnunet_deform.comparison.report import build_report
-from nnunet_deform.comparison.run import Comparison, RunError, declaration, format_seconds
+from nnunet_deform.comparison.run import RunError, format_seconds
 from nnunet_deform.comparison.splits import SplitError
-from nnunet_deform.comparison.trainings import TrainingError, list_trainings, read_record
+from nnunet_deform.comparison.trainings import Training, TrainingError, list_trainings, read_record
 
-EXPERIMENT = """\
-name: trial
-datasets:
-  - {id: 7, batch_size: 2, splits: 3, patients: patients.csv, test: true}
-arms:
-  - {name: stock, trainer: nnUNetTrainer_AdamW}
-  - {name: DeformUX, trainer: nnUNetTrainerDeformUX}
-  - {name: ResEnc, trainer: nnUNetTrainer_AdamW, plans: nnUNetResEncUNetMPlans}
-folds: [0, 1, 2]
-seeds: {first: 1, repeats: [2, 3], folds: [0], arms: [stock, DeformUX]}
-budget: {epochs: 3, iterations: 5}
-mirroring: false
-hypotheses:
-  - [DeformUX, stock]
-  - [DeformUX, ResEnc]
-statistics: {draws: 1000}
-device: cpu
-resources: {augmentation: 0}
-raw: raw
-preprocessed: preprocessed
-"""
+pytestmark = pytest.mark.usefixtures("use_fakes")
 
 DRIVER = """
 import signal, sys
@@ -69,106 +45,6 @@ with commands.Interrupts() as interrupts:
     with comparison.locked():
         assert comparison.run() == []
 """
-
-NAME = "Dataset007_Boxes"
-
-
-def _write_dataset(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    for split, count in (("Tr", 12), ("Ts", 2)):
-        for part in ("images", "labels"):
-            (folder / f"{part}{split}").mkdir(parents=True)
-        for number in range(count):
-            label = np.zeros((6, 12, 14), dtype=np.uint8)
-            label[1:4, 2:8, 2:8], label[2:5, 5:11, 7:13] = 1, 2
-            image = label * 100 + rng.normal(0, 5, label.shape)
-            case = f"{split.lower()}_{number:02d}"
-            for array, path in (
-                (image.astype(np.float32), f"images{split}/{case}_0000"),
-                (label, f"labels{split}/{case}"),
-            ):
-                volume = sitk.GetImageFromArray(array)
-                volume.SetSpacing((1.0, 1.0, 2.0))
-                sitk.WriteImage(volume, folder / f"{path}.nii.gz")
-    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "front": 1, "back": 2}}
-    (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": 12, "file_ending": ".nii.gz"}))
-
-
-@pytest.fixture(scope="session")
-def fakes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fakes")
-    text = (Path(__file__).parent / "fake_nnunet.py").read_text()
-    for name in ("extract_fingerprint", "plan_experiment", "preprocess", "train", "predict", "evaluate_folder"):
-        (folder / f"nnUNetv2_{name}").write_text(f"#!{sys.executable}\n{text}")
-    (folder / "cost").write_text(f"#!{sys.executable}\n{text}")
-    for script in folder.iterdir():
-        script.chmod(0o755)
-    return folder
-
-
-class Trial:
-    """An experiment in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / "trial.yaml"
-        self.output = folder / "trial"
-        self.console = Console(record=True, width=200, file=io.StringIO())
-
-    def write(self) -> None:
-        self.folder.mkdir()
-        self.file.write_text(EXPERIMENT)
-        _write_dataset(self.folder / "raw" / NAME)
-        lines = [f"tr_{number:02d},p{number // 2}" for number in range(12)]
-        (self.folder / "patients.csv").write_text("\n".join(["case,patient", *lines]))
-
-    def comparison(self) -> Comparison:
-        return Comparison(self.file, self.console, Interrupts())
-
-    def run(self) -> list[str]:
-        return self.comparison().run()
-
-    def report(self) -> str:
-        return build_report(self.file, declaration(self.comparison().experiment)).read_text()
-
-    def change(self, old: str, new: str) -> None:
-        text = self.file.read_text()
-        assert old in text
-        self.file.write_text(text.replace(old, new))
-
-    def calls(self) -> list[dict]:
-        file = Path(os.environ["FAKE_CALLS"])
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def trained(self) -> list[str]:
-        """Trainer and fold of each call of nnUNetv2_train."""
-        return [f"{c['args'][4]} {c['args'][2]}" for c in self.calls() if c["name"] == "nnUNetv2_train"]
-
-    def folds(self) -> dict[str, str]:
-        """Fingerprint of every file that trainings wrote."""
-        files = sorted((self.output / "nnUNet_results").rglob("*"))
-        return {str(f.relative_to(self.output)): fingerprint(f) for f in files if f.is_file() and f.suffix != ".json"}
-
-    def table(self) -> pd.DataFrame:
-        self.report()
-        return pd.read_parquet(self.output / "report" / "cases.parquet")
-
-
-@pytest.fixture(autouse=True)
-def _use_fakes(fakes, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
-    monkeypatch.setattr(commands, "_GRACE_S", 0.5)
-    monkeypatch.setattr(commands, "_POLL_S", 0.02)
-    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.jsonl"))
-    for variable in ("FAKE_SLOW", "FAKE_BAD", "FAKE_SKIP"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def trial(tmp_path) -> Trial:
-    trial = Trial(tmp_path / "work")
-    trial.write()
-    return trial
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +69,11 @@ def finished(undisturbed, tmp_path) -> Trial:
 
 
 SUFFIX = "_3epochs5iters_seed1_unmirrored"
+ARMS = (
+    ("stock", "nnUNetTrainer_AdamW", "nnUNetPlans_batch2"),
+    ("DeformUX", "nnUNetTrainerDeformUX", "nnUNetPlans_batch2"),
+    ("ResEnc", "nnUNetTrainer_AdamW", "nnUNetResEncUNetMPlans_batch2"),
+)
 
 
 def test_a_whole_run_then_nothing_is_done_twice(trial):
@@ -215,8 +96,20 @@ def test_a_whole_run_then_nothing_is_done_twice(trial):
     ]
     # 3 arms on 3 folds, and two more seeds of two arms on fold 0
     assert len(trainings) == len({tuple(call["args"]) for call in trainings}) == 13
-    assert sum(call["name"] == "nnUNetv2_predict" for call in calls) == 3
-    assert sum(call["name"] == "cost" for call in calls) == 3
+    predicted = [call["args"] for call in calls if call["name"] == "nnUNetv2_predict"]
+    measured = [call["args"] for call in calls if call["name"] == "cost"]
+    for number, (arm, trainer, plans) in enumerate(ARMS):
+        assert predicted[number] == [
+            *("-d", NAME, "-i", str(trial.folder / "raw" / NAME / "imagesTs")),
+            *("-o", str(trial.output / "test" / f"{NAME}-3d_fullres" / arm), "-c", "3d_fullres"),
+            *("-tr", f"{trainer}{SUFFIX}", "-p", plans, "-f", "0", "1", "2", "-device", "cpu"),
+            *("-npp", "1", "-nps", "1", "--disable_tta"),
+        ]
+        assert measured[number][2:] == [
+            *(NAME, "3d_fullres", "0", f"{trainer}{SUFFIX}", plans, "cpu", "False"),
+            str(trial.output / "costs" / f"{NAME}-3d_fullres" / f"{arm}.json"),
+        ]
+    assert len(predicted) == len(measured) == 3
 
     preprocessed = trial.folder / "preprocessed" / NAME
     assert read_json(preprocessed / "nnUNetPlans_batch2.json")["configurations"]["3d_fullres"]["batch_size"] == 2
@@ -261,6 +154,9 @@ def test_the_report_says_what_was_found_and_where_from(finished):
     assert record.plans[:12] in page
     assert record.commands[0] in page
     assert f"torch {record.versions['torch']}" in page
+    for arm, *_ in ARMS:
+        assert f"<tr><td>{arm}</td>" + "".join(f"<td>{n}</td>" for n in ("0.001", "1.00", "0.10", "0.5", "2")) in page
+        assert f"<tr><td>{arm}</td><td>2</td>" in page.partition("<h3>Test set</h3>")[2]  # it has two cases
     folder = trial.output / "report"
     assert {path.name for path in folder.iterdir()} == {
         *("report.html", "cases.parquet", "cases.csv", "arms.csv", "contrasts.csv", "hypotheses.csv"),
@@ -275,6 +171,19 @@ def test_the_report_says_what_was_found_and_where_from(finished):
     assert r"\begin{tabular}" in (folder / "arms.tex").read_text()
 
 
+def test_the_worst_case_is_shown_from_its_own_fold(finished):
+    for arm, *_ in ARMS:
+        file = finished.output / "scores" / f"{NAME}-3d_fullres" / f"{arm}_seed1_fold2.parquet"
+        table = pd.read_parquet(file)
+        case = table["case"].iloc[0]
+        table.assign(Dice=table["Dice"].where(table["case"] != case, 0.0)).to_parquet(file, index=False)
+    page = finished.report()
+    assert f"The worst case: {case}" in page
+    for arm, *_ in ARMS:
+        assert f'<img alt="{case}, {arm}" src="data:image/png;base64,' in page
+        assert f"<figcaption>{arm}: 0.0000</figcaption>" in page
+
+
 def _experiment(trial: Trial):
     comparison = trial.comparison()
     return comparison.experiment, comparison.folders
@@ -282,6 +191,7 @@ def _experiment(trial: Trial):
 
 def test_hypotheses_changed_after_the_first_run_are_told(finished):
     finished.change("  - [DeformUX, stock]\n", "")
+    assert finished.run() == []
     assert "The hypotheses were CHANGED after the first run" in finished.report()
 
 
@@ -317,8 +227,13 @@ def test_a_case_left_out_by_the_validation_is_a_failure(trial, monkeypatch):
     failures = trial.run()
     assert len(failures) == 3
     assert "not every case of the fold was predicted" in failures[0]
+    failed = _records(trial)[1]
     monkeypatch.delenv("FAKE_SKIP")
     assert trial.run() == []
+    record = _records(trial)[1]
+    assert (record.failed, record.started) == (None, failed.started)
+    assert record.seconds > failed.seconds > 0
+    assert len(record.commands) == 2
     # only the validation is repeated
     assert [c["args"][-1] for c in trial.calls() if c["name"] == "nnUNetv2_train"][-3:] == ["--val"] * 3
 
@@ -381,6 +296,24 @@ def test_contradicting_scores_are_refused_by_name(finished):
     other = table["label"].replace("front", "other")
     assert "scores of the classes ['back', 'other']; the dataset has ['back', 'front']" in refusal(label=other)
     assert "scores of ['stranger']" in refusal(case=table["case"].replace(case, "stranger"))
+    assert "Dice of front in" in refusal(voxels_truth=0, voxels_prediction=0)
+
+
+def test_a_training_without_scores_is_told(finished):
+    (finished.output / "scores" / f"{NAME}-3d_fullres" / "DeformUX_seed1_fold0.parquet").unlink()
+    page = finished.report()
+    assert f"No scores of DeformUX, seed 1, fold 0 of {NAME} (3d_fullres): trained, not scored." in page
+    assert "DeformUX is left out of all statistics" in page
+
+
+def test_where_a_training_goes_on(tmp_path):
+    training = Training("Dataset001_X", "2d", "arm", "nnUNetTrainer", "nnUNetPlans", 1, 0)
+    start = ["nnUNetv2_train", "Dataset001_X", "2d", "0", "-tr", "nnUNetTrainer", "-p", "nnUNetPlans", "-device", "cpu"]
+    assert training.command(tmp_path, "cpu") == start
+    training.folder(tmp_path).mkdir(parents=True)
+    for checkpoint, last in (("latest", "--c"), ("best", "--c"), ("final", "--val")):
+        (training.folder(tmp_path) / f"checkpoint_{checkpoint}.pth").touch()
+        assert training.command(tmp_path, "cpu") == [*start, last]
 
 
 @pytest.mark.parametrize(
@@ -414,6 +347,22 @@ def test_an_existing_split_that_mixes_patients_is_refused_and_kept(trial):
     assert trial.calls() == []
 
 
+def test_cases_that_are_not_preprocessed_are_refused_after_trainings(finished):
+    """nnU-Net would preprocess all of them anew."""
+    case = finished.folder / "preprocessed" / NAME / "nnUNetPlans_3d_fullres" / "tr_03.pkl"
+    case.unlink()
+    with pytest.raises(PreparationError, match=r"lacks cases that the dataset has, but .*fold_0 was already trained"):
+        finished.run()
+    assert finished.calls() == []
+
+
+def test_preprocessing_that_leaves_cases_out_is_refused(trial, monkeypatch):
+    monkeypatch.setenv("FAKE_SKIP", "preprocess")
+    with pytest.raises(PreparationError, match=r"nnUNetv2_preprocess has left cases out of .*nnUNetPlans_3d_fullres"):
+        trial.run()
+    assert trial.trained() == []
+
+
 def test_a_test_set_without_labels_is_refused(trial):
     shutil.rmtree(trial.folder / "raw" / NAME / "labelsTs")
     with pytest.raises(PreparationError, match="labelsTs does not exist; set test: false"):
@@ -424,8 +373,11 @@ def test_a_test_set_without_labels_is_refused(trial):
 def test_a_failing_test_prediction_leaves_a_report(finished, monkeypatch):
     shutil.rmtree(finished.output / "test")
     monkeypatch.setenv("FAKE_BAD_TEST", "1")
-    (failure,) = finished.run()
-    assert failure.startswith("nnUNetv2_predict ended with exit code 1; its whole output is in")
+    failures = finished.run()
+    starts = [
+        f"test set with {NAME}-3d_fullres/{arm}: nnUNetv2_predict ended" for arm in ("stock", "DeformUX", "ResEnc")
+    ]
+    assert [failure[: len(start)] for failure, start in zip(failures, starts, strict=True)] == starts
     assert "Declared hypotheses" in finished.report()
 
 
@@ -437,6 +389,7 @@ def test_tolerances_must_name_every_class(trial):
 
 def test_a_tolerance_of_a_class_counts(trial):
     trial.change("folds: [0, 1, 2]", "folds: [0]")
+    trial.change("seeds: {first: 1, repeats: [2, 3], folds: [0], arms: [stock, DeformUX]}\n", "")
     trial.change("test: true", "tolerance: {front: 0.1, back: 50}")
     trial.run()
     table = trial.table()
