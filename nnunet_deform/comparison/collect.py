@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_deform.comparison.experiment import Dataset, Experiment, Folders
-from nnunet_deform.comparison.files import read_json, write_table
+from nnunet_deform.comparison.files import fingerprint, read_json, write_json, write_table
 from nnunet_deform.comparison.metrics import METRICS, score_folder
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, patients_of
 from nnunet_deform.comparison.trainings import Training, is_done, list_trainings, read_record
@@ -39,6 +40,23 @@ class Collected:
 def test_folder(training: Training, folders: Folders) -> Path:
     """Where the test cases' predictions of an arm's folds lie."""
     return folders.output / "test" / training.arm_key
+
+
+def write_ensemble(experiment: Experiment, training: Training, folders: Folders) -> None:
+    """Note in an empty :func:`test_folder` what its predictions will be made from."""
+    write_json(test_folder(training, folders) / "made_from.json", _ensemble(experiment, training, folders))
+
+
+def is_predicted(experiment: Experiment, training: Training, folders: Folders) -> bool:
+    """Whether the test set was predicted by the experiment's folds as they are, and evaluated."""
+    folder = test_folder(training, folders)
+    files = folder / "summary.json", folder / "made_from.json"
+    return all(file.exists() for file in files) and read_json(files[1]) == _ensemble(experiment, training, folders)
+
+
+def _ensemble(experiment: Experiment, training: Training, folders: Folders) -> dict[str, Any]:
+    records = [read_record(replace(training, fold=fold), folders) for fold in experiment.folds]
+    return {"folds": list(experiment.folds), "checkpoints": [record and record.checkpoint for record in records]}
 
 
 def scores_file(training: Training, folders: Folders) -> Path:
@@ -73,11 +91,23 @@ def _dataset_of(experiment: Experiment, training: Training, found: DatasetFolder
     )
 
 
+def _read_scores(file: Path, summary: Path, tolerance: dict[str, float]) -> pd.DataFrame | None:
+    """None where there are none of these predictions with these tolerances."""
+    if not file.exists() or not summary.exists():
+        return None
+    table = pd.read_parquet(file)
+    return table if table.attrs == _made_from(summary, tolerance) else None
+
+
+def _made_from(summary: Path, tolerance: dict[str, float]) -> dict[str, Any]:
+    return {"summary": fingerprint(summary), "tolerances": tolerance}
+
+
 def _score(experiment: Experiment, training: Training, found: DatasetFolders, summary: Path, file: Path) -> None:
-    if file.exists():
+    by_name = tolerances(experiment, training, found)
+    if _read_scores(file, summary, by_name) is not None:
         return
     names = {value: name for name, value in found.labels.items()}
-    by_name = tolerances(experiment, training, found)
     table = score_folder(
         summary,
         reader=PlansManager(str(found.plans_file(training.plans))).image_reader_writer_class(),
@@ -87,11 +117,12 @@ def _score(experiment: Experiment, training: Training, found: DatasetFolders, su
         processes=experiment.resources.processes,
     )
     table["label"] = [names[value] for value in table["label"]]
+    table.attrs = _made_from(summary, by_name)  # kept in the file
     write_table(file, table)
 
 
 def score_training(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
-    """Write the scores of a finished training's validation cases, if they are not there."""
+    """Write the scores of a finished training's validation cases, if they are not there with these tolerances."""
     _score(experiment, training, found, training.summary(folders.results), scores_file(training, folders))
 
 
@@ -100,7 +131,7 @@ def ensemble_scores_file(training: Training, folders: Folders) -> Path:
 
 
 def score_test(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
-    """Write the scores of an arm's test predictions, if they are not there."""
+    """Write the scores of an arm's test predictions, if they are not there with these tolerances."""
     summary = test_folder(training, folders) / "summary.json"
     _score(experiment, training, found, summary, ensemble_scores_file(training, folders))
 
@@ -130,17 +161,18 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
             started = "started, not finished" if record else "not started"
             missing[training] = f"failed: {record.failed}" if record and record.failed else started
             continue
-        scores = scores_file(training, folders)
-        if not scores.exists():
-            missing[training] = "trained, not scored"
+        tolerance = tolerances(experiment, training, found)
+        table = _read_scores(scores_file(training, folders), training.summary(folders.results), tolerance)
+        if table is None:
+            missing[training] = "trained, not scored with the experiment's tolerances (compare run scores it)"
             continue
-        table = pd.read_parquet(scores)
         expected = read_json(found.splits_file)[training.fold]["val"]
         faults += check_scores(table, expected, tuple(found.labels), str(training))
         patients = patients_by_dataset[training.dataset]
         out_of_fold.append(_described(table, training, training.fold).assign(patient=table["case"].map(patients)))
-        if ensemble_scores_file(training, folders).exists():
-            of_test = pd.read_parquet(ensemble_scores_file(training, folders))
+        summary = test_folder(training, folders) / "summary.json"
+        of_test = _read_scores(ensemble_scores_file(training, folders), summary, tolerance)
+        if of_test is not None and is_predicted(experiment, training, folders):
             test.append(_described(of_test, training, -1).assign(patient=of_test["case"]))
     if faults:
         raise CollectionError("\n".join(faults))

@@ -18,7 +18,13 @@ from rich.text import Text
 
 from nnunet_deform import activation
 from nnunet_deform.commands import Interrupts, describe_exit, last_lines, run_command
-from nnunet_deform.comparison.collect import score_test, score_training, test_folder
+from nnunet_deform.comparison.collect import (
+    is_predicted,
+    score_test,
+    score_training,
+    test_folder,
+    write_ensemble,
+)
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
 from nnunet_deform.comparison.files import read_json, write_json, write_text
@@ -257,7 +263,7 @@ class Comparison:
             raise RunError(f"the experiment does not ask for a test set of {training.dataset}; set test: true there.")
         self._refuse_unfinished(arm)
         experiment, folder = self.experiment, test_folder(training, self.folders)
-        if not (folder / "summary.json").exists():
+        if not is_predicted(experiment, training, self.folders):
             processes = str(experiment.resources.processes)
             predict = ["nnUNetv2_predict", "-d", training.dataset, "-i", str(found.raw / "imagesTs"), "-o", str(folder)]
             predict += ["-c", training.configuration, "-tr", training.trainer, "-p", training.plans]
@@ -269,6 +275,7 @@ class Comparison:
             evaluate += ["-o", str(folder / "summary.json")]
             with self.locked(f"{training.key}_test"):
                 shutil.rmtree(folder, ignore_errors=True)
+                write_ensemble(experiment, training, self.folders)
                 for command in (predict, evaluate):
                     self._command(command, self.folders.output / "logs" / f"{training.key}_test_{command[0]}.log")
         score_test(experiment, training, found, self.folders)

@@ -130,7 +130,7 @@ elif name == "nnUNetv2_predict" and "FAKE_BAD_TEST" in os.environ:
     sys.exit("out of memory")
 elif name == "nnUNetv2_predict":
     output = pathlib.Path(option("-o"))
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
     for truth in sorted((raw / "labelsTs").iterdir()):
         predict(truth, output / truth.name, 0.1, np.random.default_rng(zlib.crc32(option("-tr").encode())))
     shutil.copy(raw / "dataset.json", output)

@@ -302,7 +302,8 @@ def test_contradicting_scores_are_refused_by_name(finished):
 def test_a_training_without_scores_is_told(finished):
     (finished.output / "scores" / f"{NAME}-3d_fullres" / "DeformUX_seed1_fold0.parquet").unlink()
     page = finished.report()
-    assert f"No scores of DeformUX, seed 1, fold 0 of {NAME} (3d_fullres): trained, not scored." in page
+    why = "trained, not scored with the experiment&#39;s tolerances (compare run scores it)."
+    assert f"No scores of DeformUX, seed 1, fold 0 of {NAME} (3d_fullres): {why}" in page
     assert "DeformUX is left out of all statistics" in page
 
 
@@ -395,6 +396,27 @@ def test_a_tolerance_of_a_class_counts(trial):
     table = trial.table()
     assert (table.loc[table["label"] == "back", "NSD"] == 1).all()
     assert (table.loc[table["label"] == "front", "NSD"] < 1).all()
+
+
+def test_other_tolerances_and_folds_afterwards_count(trial):
+    trial.change("folds: [0, 1, 2]", "folds: [0]")
+    trial.change("seeds: {first: 1, repeats: [2, 3], folds: [0], arms: [stock, DeformUX]}\n", "")
+    trial.run()
+    trained = trial.trained()
+    predicted = [call for call in trial.calls() if call["name"] == "nnUNetv2_predict"]
+    assert (trial.table()["NSD"] < 1).any()
+
+    trial.change("test: true", "test: true, tolerance: 50")
+    assert "not scored with the experiment" in trial.report()
+    trial.run()
+    assert (trial.table()["NSD"] == 1).all()
+    assert trial.trained() == trained
+
+    trial.change("folds: [0]", "folds: [0, 1]")
+    assert -1 not in set(trial.table()["fold"])
+    trial.run()
+    again = [call for call in trial.calls() if call["name"] == "nnUNetv2_predict"][len(predicted) :]
+    assert [call["args"][call["args"].index("-f") + 1 :][:2] for call in again] == [["0", "1"]] * 3
 
 
 def test_only_one_run_at_a_time(trial):
