@@ -1,12 +1,14 @@
 """The architectures of MONAI's networks for a plan."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from packaging.version import Version
 
 from nnunet_deform.plans.architecture import Architecture, Topology, require_extent, topology_of
 
 _MODULE = "nnunet_deform.networks.baselines"
+_OLDEST_MONAI = Version("1.5")  # the first with MedNeXt
 # These halve every axis this often, whatever the plan's strides are; DynUNet is the one that follows them.
 _HALVINGS = {"SwinUNETR": 5, "UNETR": 4, "SegResNet": 3, "UNetPlusPlus": 4, "MedNeXt": 4}
 # At their coarsest level each channel is normalised over its voxels, of which one is too few.
@@ -20,6 +22,20 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "UNetPlusPlus": {"features": [32, 32, 64, 128, 256, 32]},
     "MedNeXt": {"variant": "S", "kernel_size": 3},
 }
+
+
+def _require_monai(network: str) -> None:
+    try:
+        import monai
+    except ModuleNotFoundError:
+        installed = "none"
+    else:
+        installed = monai.__version__
+    if installed == "none" or Version(installed) < _OLDEST_MONAI:
+        raise ImportError(
+            f"{network} needs MONAI {_OLDEST_MONAI} or newer, and {installed} is installed: "
+            "pip install 'nnunet-deform[baselines]'."
+        )
 
 
 def baseline_architecture(
@@ -37,13 +53,12 @@ def baseline_architecture(
         network_options: further arguments of this class of :mod:`nnunet_deform.networks.baselines`.
 
     Raises:
-        ImportError: MONAI is not installed.
+        ImportError: MONAI is not installed, or too old.
         NotImplementedError: the patch is too small for the network's levels, or the plan has fewer than three levels
             for DynUNet.
         ValueError: the plan has no strides or widths for DynUNet, or its patch shrinks to a single voxel over them.
     """
-    if importlib.util.find_spec("monai") is None:
-        raise ImportError(f"{network} is MONAI's, which is not installed: pip install 'nnunet-deform[baselines]'.")
+    _require_monai(network)
     ndim = len(patch_size)
     options = {**_OPTIONS[network], **network_options}
     if network == "DynUNet":

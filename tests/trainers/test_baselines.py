@@ -4,6 +4,7 @@ import math
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,10 +250,15 @@ def test_unetr_refuses_another_size_than_the_patch() -> None:
         network(torch.zeros(1, 1, 64, 36))
 
 
+@pytest.mark.parametrize("installed", ["none", "1.4.0"])
 @pytest.mark.parametrize("name", MONAI)
-def test_without_monai_it_says_what_to_install_and_leaves_no_folder(make_trainer, monkeypatch, tmp_path, name) -> None:
-    monkeypatch.setitem(sys.modules, "monai", None)
-    with pytest.raises(ImportError, match=r"pip install 'nnunet-deform\[baselines\]'"):
+def test_without_monai_it_says_what_to_install_and_leaves_no_folder(
+    make_trainer, monkeypatch, tmp_path, name, installed
+) -> None:
+    module = None if installed == "none" else SimpleNamespace(__version__=installed)
+    monkeypatch.setitem(sys.modules, "monai", module)
+    words = rf"MONAI 1.5 or newer, and {installed} is installed: pip install 'nnunet-deform\[baselines\]'"
+    with pytest.raises(ImportError, match=words):
         make_trainer(find_trainer(name), **PLANS["isotropic"])
     assert not (tmp_path / "results").exists()
 
