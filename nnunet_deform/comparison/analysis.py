@@ -27,6 +27,7 @@ from nnunet_deform.comparison.statistics import (
     patient_sums,
     seed_noise,
     signed_rank,
+    smallest_adjusted,
 )
 
 
@@ -141,9 +142,12 @@ def analyse(experiment: Experiment, cases: pd.DataFrame, missing: dict[tuple[str
         analysis.metrics[experiment.primary].contrast(*pair) if set(pair) <= set(analysis.arms) else None
         for analysis, pair in declared
     ]
-    adjusted = holm([float("nan") if contrast is None else contrast.p for contrast in contrasts])
+    p_values = [float("nan") if contrast is None else contrast.p for contrast in contrasts]
+    smallest = smallest_adjusted(p_values, [0 if contrast is None else contrast.patients for contrast in contrasts])
     hypotheses = []
-    for (analysis, (first, second)), contrast, p_holm in zip(declared, contrasts, adjusted, strict=True):
+    for (analysis, (first, second)), contrast, p_holm, smallest_p in zip(
+        declared, contrasts, holm(p_values), smallest, strict=True
+    ):
         if contrast is None:
             reasons = [f"{arm}: {why}" for arm, why in analysis.incomplete.items() if arm in (first, second)]
             sentence = f"{first} and {second} are not distinguishable: evidence is missing ({'; '.join(reasons)})."
@@ -157,6 +161,7 @@ def analyse(experiment: Experiment, cases: pd.DataFrame, missing: dict[tuple[str
                 seeds=(analysis.seeds[first], analysis.seeds[second]),
                 folds=len(experiment.folds),
                 family=len(declared),
+                smallest_p=float(smallest_p),
                 band=settings.band,
                 alpha=settings.alpha,
                 higher_is_better=metric.metric.higher_is_better,

@@ -90,6 +90,19 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(p_values), np.nan, adjusted)
 
 
+def smallest_adjusted(p_values: Sequence[float], patients: Sequence[int]) -> np.ndarray:
+    """Holm-adjusted p-value of each test, had all its patients differed in the same direction; the others as they are.
+
+    The signed-rank test has no smaller p-value than 2^(1 - patients).
+    """
+    adjusted = np.empty(len(p_values))
+    for position, count in enumerate(patients):
+        attained = np.array(p_values, dtype=float)
+        attained[position] = 2.0 ** (1 - count)
+        adjusted[position] = holm(attained)[position]
+    return adjusted
+
+
 def bootstrap_means(sums: np.ndarray, counts: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Means over cases when patients are drawn with replacement; every column sees the same patients.
 
@@ -220,7 +233,7 @@ def seed_noise(means: np.ndarray) -> SeedNoise:
 class Contrast:
     """One arm against another on one metric; differences are first minus second, in the metric's own unit.
 
-    ``equivalence`` is the wider of the two intervals' purposes: at level 1 - 2 alpha / family, so that lying inside the
+    ``equivalence`` is an interval, too: at level 1 - 2 alpha / family, so that lying inside the
     band is a two one-sided test at alpha over the whole family.
     """
 
@@ -256,6 +269,7 @@ def judge(
     seeds: tuple[int, int],
     folds: int,
     family: int,
+    smallest_p: float,
     band: float,
     alpha: float,
     higher_is_better: bool,
@@ -265,8 +279,13 @@ def judge(
 
     A winner is named only if the adjusted test rejects, the interval excludes zero on the same side, both arms were
     trained with at least ``REQUIRED_SEEDS`` seeds somewhere, the dataset can tell methods apart (inter / intra >= 1),
-    and the difference is larger than a change of seeds gives. Equivalence needs the interval within +-``band`` and the
-    seeds. All else is "not distinguishable", with the reason.
+    and the difference is larger than a change of seeds gives. Equivalence needs the interval within +-``band``, the
+    seeds, and that a change of them leaves the difference in the band, too. All else is "not distinguishable", with the
+    reason. Seeds are judged at alpha / family: with many patients any two trainings differ significantly, so that
+    the chance of a false winner is that of the seeds.
+
+    Args:
+        smallest_p: the adjusted p-value if every patient differed in the same direction, see :func:`smallest_adjusted`.
     """
     low, high = contrast.interval
     pair = f"{contrast.first} and {contrast.second}"
@@ -280,8 +299,7 @@ def judge(
 
     if np.isnan(contrast.p_holm) or np.isnan(low):
         return undecided(f"{contrast.patients} patients are too few for a test")
-    # Where every patient differs in the same direction, the signed-rank test has this p, and none smaller.
-    if 2.0 ** (1 - contrast.patients) * family >= alpha:
+    if smallest_p >= alpha:
         return undecided(f"with {contrast.patients} patients no difference, however large, could be significant")
     few = [
         f"{arm} has {count} of {REQUIRED_SEEDS} seeds"
@@ -297,13 +315,19 @@ def judge(
         )
     equal_low, equal_high = contrast.equivalence
     if -band <= equal_low and equal_high <= band:
-        return Verdict("equivalent", None, f"{pair} are equivalent within +-{band:g} ({numbers}).")
+        change = noise.margin(folds, 2 * alpha / family)  # one-sided, as equivalence is
+        if abs(contrast.mean) + change <= band:
+            return Verdict("equivalent", None, f"{pair} are equivalent within +-{band:g} ({numbers}).")
+        return undecided(
+            f"these trainings agree within +-{band:g}, but a change of seeds alone gives differences up to "
+            f"{number.format(change).lstrip('+')}"
+        )
     if not (contrast.p_holm < alpha and low * high > 0 and low * contrast.mean > 0):
         return undecided(
             f"the test does not reject, and a difference of {number.format(contrast.detectable).lstrip('+')} is the "
             "smallest that these cases would have shown with 80 % power"
         )
-    margin = noise.margin(folds, alpha)
+    margin = noise.margin(folds, alpha / family)
     if not abs(contrast.mean) > margin:
         return undecided(f"a change of seeds alone gives differences up to {number.format(margin).lstrip('+')}")
     winner, loser = contrast.first, contrast.second

@@ -21,6 +21,7 @@ from nnunet_deform.comparison.statistics import (
     patient_sums,
     seed_noise,
     signed_rank,
+    smallest_adjusted,
 )
 
 
@@ -240,13 +241,14 @@ def _contrast(mean=0.02, interval=(0.015, 0.025), p=0.001, equivalence=None, pat
 QUIET = SeedNoise(intra=0.002, freedom=8, inter=0.02)
 
 
-def _judge(contrast, noise=QUIET, seeds=(3, 3), folds=5, higher_is_better=True):
+def _judge(contrast, noise=QUIET, seeds=(3, 3), folds=5, higher_is_better=True, family=2):
     return judge(
         contrast,
         noise=noise,
         seeds=seeds,
         folds=folds,
-        family=2,
+        family=family,
+        smallest_p=smallest_adjusted([contrast.p] * family, [contrast.patients] * family)[0],
         band=0.005,
         alpha=0.05,
         higher_is_better=higher_is_better,
@@ -304,9 +306,60 @@ def test_equivalence_is_a_result_even_when_the_test_rejects():
 
 def test_the_seeds_margin_counts_folds():
     noise = SeedNoise(intra=0.01, freedom=8, inter=0.02)
-    # t(0.975, 8) = 2.306: the margin is 0.0326 / sqrt(folds)
-    assert _judge(_contrast(), noise, folds=2).kind == "not distinguishable"
-    assert _judge(_contrast(), noise, folds=3).kind == "better"
+    # a family of two: t(0.9875, 8) = 2.752, and the margin is 0.0389 / sqrt(folds)
+    assert _judge(_contrast(), noise, folds=3).kind == "not distinguishable"
+    assert _judge(_contrast(), noise, folds=4).kind == "better"
+    assert _judge(_contrast(), noise, folds=4, family=4).kind == "not distinguishable"
+
+
+def test_equivalence_must_survive_a_change_of_seeds():
+    contrast = _contrast(0.001, (0.0005, 0.0015))
+    # a family of two: t(0.975, 8) = 2.306, one-sided at alpha / family; sqrt(2 / 5) of it is 1.458
+    assert _judge(contrast, SeedNoise(0.0027, 8, 0.02)).kind == "equivalent"
+    verdict = _judge(contrast, SeedNoise(0.0028, 8, 0.02))
+    assert (verdict.kind, verdict.winner) == ("not distinguishable", None)
+    assert "agree within +-0.005, but a change of seeds alone gives differences up to 0.0041" in verdict.sentence
+
+
+def _seeds_decide(rng, true_difference: float, seed_sd: float, folds: int, arms: int) -> list[str]:
+    """Verdicts on the first arm against each other one, whose methods differ by ``true_difference`` from it, where
+    patients are so many that only the noise of seeds is left."""
+    means = rng.normal(0, seed_sd, (folds, arms, 3))
+    means[:, 0] += true_difference
+    means[1:, :, 1:] = np.nan
+    noise = seed_noise(means)
+    kinds = []
+    for arm in range(1, arms):
+        mean = (means[:, 0, 0] - means[:, arm, 0]).mean()
+        contrast = _contrast(mean, (mean - 1e-6, mean + 1e-6), p=1e-9, patients=2500)
+        # whatever the ratio would have kept back
+        loud = SeedNoise(noise.intra, noise.freedom, 1.0)
+        kinds.append(_judge(contrast, loud, folds=folds, family=arms - 1).kind)
+    return kinds
+
+
+def test_seeds_alone_give_a_family_a_winner_at_most_at_the_nominal_rate(rng):
+    simulations = 1500
+    any_winner = np.mean(["better" in _seeds_decide(rng, 0.0, 0.02, 3, 7) for _ in range(simulations)])
+    assert any_winner < 0.05 + 3 * np.sqrt(0.05 * 0.95 / simulations)
+    assert any_winner > 0.01
+
+
+def test_methods_that_differ_by_the_band_are_called_equivalent_at_most_at_the_nominal_rate(rng):
+    simulations = 1500
+    equivalent = np.mean(
+        ["equivalent" in _seeds_decide(rng, 0.005, sd, 5, 3) for sd in (0.001, 0.003) for _ in range(simulations)]
+    )
+    assert equivalent < 0.05 + 3 * np.sqrt(0.05 * 0.95 / simulations)
+
+
+def test_the_smallest_adjusted_p_depends_on_the_other_tests():
+    # Two tests on 100 patients reject, so the two on 7 need no more than holm's factors 2 and 1.
+    np.testing.assert_allclose(
+        smallest_adjusted([1e-9, 1e-8, 0.04, 0.5], [100, 100, 7, 7])[2:], [2 / 64, 2 / 64], rtol=1e-12
+    )
+    # Among their like, the smallest of four has the factor 4.
+    np.testing.assert_allclose(smallest_adjusted([0.04, 0.5, np.nan, 0.3], [7, 7, 0, 7])[:2], [4 / 64, 4 / 64])
 
 
 def test_the_required_number_of_seeds_is_the_protocols():
