@@ -37,7 +37,9 @@ class MetricAnalysis:
 
     scores: [arms, cases], a case's mean over its scored classes; by_class: [arms, classes], the mean over cases, as in
     nnU-Net; means and intervals: of each arm, the latter [2, arms]; contrasts: all pairs of arms, Holm over these pairs
-    (exploratory); by_class_contrasts: class by class; noise: of seeds; no_score: [arms], cells without a score, because
+    (exploratory); differences: [pairs, cases], what each of these contrasts is about; by_class_contrasts: class by class;
+    noise and seed_means: where an arm rightly left out what another training drew, it has the best score, as in
+    differences; noise: of seeds; no_score: [arms], cells without a score, because
     a structure is rightly absent; ranking: None with fewer than two arms.
     """
 
@@ -47,6 +49,7 @@ class MetricAnalysis:
     means: np.ndarray
     intervals: np.ndarray
     contrasts: tuple[Contrast, ...]
+    differences: np.ndarray
     by_class_contrasts: dict[str, tuple[Contrast, ...]]
     noise: SeedNoise
     seed_means: pd.DataFrame
@@ -60,6 +63,15 @@ class MetricAnalysis:
                 return contrast
             if (contrast.first, contrast.second) == (second, first):
                 return _turned(contrast)
+        raise KeyError((first, second))
+
+    def case_differences(self, first: str, second: str) -> np.ndarray:
+        """What :meth:`contrast` is about: [cases], NaN where neither arm has a score."""
+        for contrast, values in zip(self.contrasts, self.differences, strict=True):
+            if (contrast.first, contrast.second) == (first, second):
+                return values
+            if (contrast.first, contrast.second) == (second, first):
+                return -values
         raise KeyError((first, second))
 
 
@@ -228,7 +240,8 @@ def _analyse_metric(
 
     pairs = list(itertools.combinations(range(len(arms)), 2))
     differences = [paired_differences(cells[i], cells[j], perfect=metric.perfect) for i, j in pairs]
-    columns = [scores.T, ranked.T, *(_mean(d, 1)[:, None] for d in differences), *differences]
+    of_cases = [_mean(difference, 1) for difference in differences]
+    columns = [scores.T, ranked.T, *(values[:, None] for values in of_cases), *differences]
     # The same random numbers for every dataset and metric, so that adding one changes no other's figures.
     rng = np.random.default_rng(settings.seed)
     sums, counts = patient_sums(np.concatenate(columns, axis=1), patients)
@@ -294,6 +307,7 @@ def _analyse_metric(
         means=_mean(scores, 1),
         intervals=np.stack([low, high])[:, : len(arms)],
         contrasts=overall,
+        differences=np.array(of_cases),
         by_class_contrasts=by_class,
         noise=noise,
         seed_means=seed_means,
@@ -306,7 +320,9 @@ def _seed_noise(
     experiment: Experiment, metric: Metric, table: pd.DataFrame, analysis: DatasetAnalysis
 ) -> tuple[SeedNoise, pd.DataFrame]:
     """The noise, and the mean score of each training, columns arm, fold, seed and the metric."""
-    of_cases = table.groupby(["arm", "fold", "seed", "case"])[metric.name].mean()
+    scored = table.groupby(["case", "label"])[metric.name].transform("count") > 0
+    values = table[metric.name].mask(table[metric.name].isna() & scored, metric.perfect)
+    of_cases = values.groupby([table[key] for key in ("arm", "fold", "seed", "case")]).mean()
     means = of_cases.groupby(["arm", "fold", "seed"]).mean()
     seeds = [experiment.seeds.first, *experiment.seeds.repeats]
     cube = np.full((len(experiment.folds), len(analysis.arms), len(seeds)), np.nan)

@@ -15,6 +15,7 @@ from nnunet_deform.comparison.experiment import Dataset, Experiment, Folders
 from nnunet_deform.comparison.files import fingerprint, read_json, write_json, write_table
 from nnunet_deform.comparison.metrics import METRICS, score_folder
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, patients_of
+from nnunet_deform.comparison.splits import check_splits, read_splits
 from nnunet_deform.comparison.trainings import Training, is_done, list_trainings, read_record
 
 COLUMNS = (
@@ -141,6 +142,7 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
 
     Raises:
         CollectionError: scores do not fit together; every fault is named.
+        SplitError: the folds or the patients do not fit, see there.
         TrainingError: trainings from other folds or plans.
     """
     out_of_fold, test, faults = [], [], []
@@ -150,7 +152,12 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
     for dataset in experiment.datasets:
         found = find_dataset(dataset, folders)
         datasets[found.name] = found
-        patients_by_dataset[found.name] = patients_of(dataset, found, file) or {case: case for case in found.cases}
+        patients = patients_of(dataset, found, file)
+        patients_by_dataset[found.name] = patients or {case: case for case in found.cases}
+        if found.splits_file.exists():  # the patients may be newer than the last run
+            check_splits(
+                read_splits(found.splits_file), found.cases, patients, experiment.folds, found.splits_file
+            )
     for training in list_trainings(experiment, folders):
         found = datasets[training.dataset]
         if not found.splits_file.exists() or not found.plans_file(training.plans).exists():

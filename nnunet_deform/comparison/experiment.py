@@ -269,6 +269,12 @@ class _Loader(yaml.SafeLoader):
             seen.add(value)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """027 is dataset 27, as everywhere in nnU-Net, and not the octal 23 of YAML 1.1."""
+        return int(node.value) if node.value.isdigit() else int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 def _line(node: yaml.Node | None, place: tuple[int | str, ...]) -> int:
     """Line of the innermost part of ``place`` that the file has."""

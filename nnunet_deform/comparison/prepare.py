@@ -116,8 +116,12 @@ def prepare_dataset(
     for part in ("imagesTs", "labelsTs") if dataset.test else ():
         if not (found.raw / part).is_dir():
             raise PreparationError(f"{found.raw / part} does not exist; set test: false for this dataset.")
-    if found.splits_file.exists():
-        ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
+    splits = ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
+    if isinstance(dataset.tolerance, dict) and set(dataset.tolerance) != set(found.labels):
+        raise PreparationError(
+            f"the tolerances of {found.name} are for {sorted(dataset.tolerance)}; it has the classes "
+            f"{sorted(found.labels)}."
+        )
     processes = str(experiment.resources.processes)
     base_plans = list(dict.fromkeys(arm.plans for arm in experiment.arms))
     unknown = [name for name in base_plans if name not in PLANNERS and not found.plans_file(name).exists()]
@@ -143,7 +147,7 @@ def prepare_dataset(
                 raise PreparationError(f"nnUNetv2_preprocess has left cases out of {folder}; see its log.")
         if dataset.batch_size is not None:
             _write_batch_copy(found, name, dataset.batch_size, dataset.configuration)
-    return ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
+    return splits
 
 
 def _configuration(plans: Path, name: str) -> dict[str, Any]:

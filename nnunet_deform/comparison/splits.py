@@ -25,24 +25,35 @@ def load_patients(file: Path, cases: Sequence[str]) -> dict[str, str]:
         SplitError: the file cannot be read, names a case twice, or leaves cases out.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # Excel begins its CSV files with a mark
     except OSError as error:
         raise SplitError(f"cannot read {file} ({error.strerror}).") from error
-    if file.suffix == ".json":
-        patients = {str(case): str(patient) for case, patient in json.loads(text).items()}
-    else:
-        rows = list(csv.DictReader(text.splitlines()))
-        if not rows or not {"case", "patient"} <= set(rows[0]):
-            raise SplitError(f"{file} needs a first line 'case,patient' and one line a case.")
-        patients = {}
-        for row in rows:
-            if row["case"] in patients:
-                raise SplitError(f"{file} names the case {row['case']!r} twice.")
-            patients[row["case"]] = row["patient"]
+    rows = _rows_of_json(file, text) if file.suffix == ".json" else _rows_of_csv(file, text)
+    patients: dict[str, str] = {}
+    for case, patient in rows:
+        if case in patients:
+            raise SplitError(f"{file} names the case {case!r} twice.")
+        patients[case] = patient
     missing = [case for case in cases if not patients.get(case)]
     if missing:
         raise SplitError(f"{file} gives no patient for {_some(missing)}.")
     return {case: patients[case] for case in cases}
+
+
+def _rows_of_json(file: Path, text: str) -> list[tuple[str, str]]:
+    try:
+        rows = json.loads(text, object_pairs_hook=list)  # a dictionary would keep the last of two
+        return [(case, "" if patient is None else str(patient)) for case, patient in rows]
+    except (ValueError, TypeError):
+        raise SplitError(f'{file} is no JSON of the form {{"case": "patient", ...}}.') from None
+
+
+def _rows_of_csv(file: Path, text: str) -> list[tuple[str, str]]:
+    rows = list(csv.DictReader(text.splitlines(), restval=""))
+    if not rows or not {"case", "patient"} <= set(rows[0]):
+        raise SplitError(f"{file} needs a first line 'case,patient' and one line a case.")
+    # ' 7' and '7' are one patient.
+    return [(row["case"].strip(), row["patient"].strip()) for row in rows]
 
 
 def make_splits(cases: Sequence[str], patients: Mapping[str, str] | None, folds: int) -> list[Split]:
@@ -100,6 +111,18 @@ def check_splits(
             validated[case] = fold
 
 
+def read_splits(file: Path) -> list[Split]:
+    """
+    Raises:
+        SplitError: it is no list of folds with train and val.
+    """
+    try:
+        splits = json.loads(file.read_text(encoding="utf-8"))
+        return [{side: [str(case) for case in fold[side]] for side in ("train", "val")} for fold in splits]
+    except (ValueError, TypeError, KeyError):
+        raise SplitError(f"{file} is no list of folds with train and val; nnU-Net could not use it, either.") from None
+
+
 def ensure_splits(
     file: Path, cases: Sequence[str], patients: Mapping[str, str] | None, number: int, folds: Sequence[int]
 ) -> list[Split]:
@@ -109,7 +132,7 @@ def ensure_splits(
         SplitError: see :func:`make_splits` and :func:`check_splits`.
     """
     exists = file.exists()
-    splits = json.loads(file.read_text(encoding="utf-8")) if exists else make_splits(cases, patients, number)
+    splits = read_splits(file) if exists else make_splits(cases, patients, number)
     check_splits(splits, cases, patients, folds, file)
     if not exists:
         write_json(file, splits)

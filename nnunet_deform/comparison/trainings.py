@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import fingerprint, read_json, write_json
-from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, plans_name
+from nnunet_deform.comparison.prepare import DatasetFolders, PreparationError, find_dataset, plans_name
 
 PACKAGES = ("nnunet-deform", "nnunetv2", "torch", "dynamic-network-architectures", "numpy", "monai")
 
@@ -97,9 +97,12 @@ def list_trainings(experiment: Experiment, folders: Folders) -> list[Training]:
     """All trainings of the experiment, in the order in which they run.
 
     Raises:
-        PreparationError: a dataset is not found.
+        PreparationError: a dataset is not found, or listed twice under different ids.
     """
     names = {dataset.id: find_dataset(dataset, folders).name for dataset in experiment.datasets}
+    listed = [(names[dataset.id], dataset.configuration) for dataset in experiment.datasets]
+    if twice := [name for position, (name, c) in enumerate(listed) if (name, c) in listed[:position]]:
+        raise PreparationError(f"{twice[0]} is listed twice with the same configuration, by number and by name.")
     return [
         Training(
             dataset=names[dataset.id],

@@ -152,6 +152,26 @@ def test_false_positives_on_absent_structures_count(experiment):
     assert back["New", "Old"].cases == 120
     assert back["New", "Old"].mean == pytest.approx(30 / 120, abs=0.02)
     assert dataset.metrics["HD95"].by_class_contrasts["back"][0].mean < -20
+    # figures show what is tested, case by case
+    np.testing.assert_allclose(np.nanmean(dice.case_differences("New", "Old")), contrast.mean)
+    np.testing.assert_array_equal(dice.case_differences("Old", "New"), -dice.case_differences("New", "Old"))
+    # seeds are compared on the same scale as arms: a whole Dice for a structure that only other trainings drew
+    row = table[(table["arm"] == "New") & (table["seed"] == 2)]
+    expected = row.fillna({"Dice": 1.0}).groupby("case")["Dice"].mean().mean()
+    means = dice.seed_means.set_index(["arm", "fold", "seed"])["Dice"]
+    assert means["New", 0, 2] == pytest.approx(expected)
+
+
+def test_the_figure_shows_false_positives_of_a_dataset_with_one_class(experiment):
+    table = make_scores(experiment, {}, labels=["tumour"])
+    absent = table["case"].isin(sorted(set(table["case"]))[:30])
+    table.loc[absent & (table["arm"] == "New"), ["Dice", "NSD", "HD95"]] = np.nan
+    table.loc[absent & (table["arm"] == "New"), ["voxels_truth", "voxels_prediction"]] = 0
+    table.loc[absent & (table["arm"] == "Old"), ["Dice", "NSD", "HD95"]] = [0.0, 0.0, 90.0]
+    (dataset,) = analyse(experiment, table, {}).datasets
+    differences = dataset.metrics["Dice"].case_differences("New", "Old")
+    assert (differences == 1.0).sum() == 30
+    assert not np.isnan(differences).any()
 
 
 def test_the_same_table_gives_the_same_figures(experiment):

@@ -384,8 +384,31 @@ def test_a_failing_test_prediction_leaves_a_report(finished, monkeypatch):
 
 def test_tolerances_must_name_every_class(trial):
     trial.change("test: true", "tolerance: {front: 1.0}")
-    with pytest.raises(CollectionError, match=r"are for \['front'\]; it has the classes \['back', 'front'\]"):
+    with pytest.raises(PreparationError, match=r"are for \['front'\]; it has the classes \['back', 'front'\]"):
         trial.run()
+    assert trial.calls() == []
+
+
+def test_folds_that_cannot_be_made_are_refused_before_anything_is_planned(trial):
+    trial.change("splits: 3", "splits: 2")
+    with pytest.raises(SplitError, match="has 2 folds, so there is no fold 2"):
+        trial.run()
+    assert trial.calls() == []
+    assert not (trial.folder / "preprocessed" / NAME / "splits_final.json").exists()
+
+
+def test_a_dataset_listed_by_number_and_by_name_is_refused(trial):
+    trial.change("datasets:\n", "datasets:\n  - {id: Dataset007_Boxes}\n")
+    with pytest.raises(PreparationError, match="Dataset007_Boxes is listed twice"):
+        trial.comparison()
+
+
+def test_a_report_refuses_patients_that_were_named_after_the_training(finished):
+    file = finished.folder / "patients.csv"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], *(f"{line.split(',')[0]},p0" for line in lines[1:])]))
+    with pytest.raises(SplitError, match="has patient 'p0' in training and in validation"):
+        finished.report()
 
 
 def test_a_tolerance_of_a_class_counts(trial):

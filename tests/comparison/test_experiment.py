@@ -111,6 +111,11 @@ def test_faults_have_their_line(load, tmp_path, old, new, line, words):
     assert words in message
 
 
+@pytest.mark.parametrize(("written", "read"), [("027", 27), ("004", 4), ("010", 10), ("1_000", 1000), ("'027'", "027")])
+def test_numbers_with_leading_zeros_are_decimal(load, written, read):
+    assert load(GOOD.replace("id: 501", f"id: {written}")).datasets[0].id == read
+
+
 def test_all_faults_are_told_at_once(load):
     with pytest.raises(ExperimentError) as caught:
         load(GOOD.replace("epochs: 8", "epochs: none").replace("device: cpu", "device: tpu"))

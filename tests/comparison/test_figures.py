@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,16 @@ def test_figures_name_the_arms(dataset):
         for arm in ARMS:
             assert f">{arm}<" in drawn[name]
     assert sorted(re.findall(r">(\w+ - \w+)<", drawn["differences"])) == ["New - Old", "New - Third", "Old - Third"]
+
+
+def test_differences_are_drawn_as_they_are_tested(dataset):
+    dice = dataset.metrics["Dice"]
+
+    def drawn(metric):
+        return figures.paired_differences(dataset, metric, [("New", "Old")], None, "one")
+
+    assert drawn(replace(dice, differences=dice.differences * 2)) != drawn(dice)
+    assert drawn(replace(dice, scores=dice.scores * 2)) == drawn(dice)
 
 
 def test_learning_curves_are_read_from_logs_of_several_runs(tmp_path):

@@ -96,3 +96,38 @@ def test_patients_that_do_not_fit(tmp_path):
     file.write_text("case,patient\na,1\na,2\n")
     with pytest.raises(SplitError, match="names the case 'a' twice"):
         load_patients(file, ["a"])
+    file.write_text("case,patient\na,1\nb\n")
+    with pytest.raises(SplitError, match="gives no patient for 'b'"):
+        load_patients(file, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": "1", "a": "2"}', "names the case 'a' twice"),
+        ('{"a": null}', "gives no patient for 'a'"),
+        ('["a"]', "is no JSON of the form"),
+        ("7", "is no JSON of the form"),
+        ('{"a": ', "is no JSON of the form"),
+    ],
+)
+def test_json_that_does_not_fit(tmp_path, text, words):
+    file = tmp_path / "patients.json"
+    file.write_text(text)
+    with pytest.raises(SplitError, match=words):
+        load_patients(file, ["a"])
+
+
+def test_spaces_and_excels_mark_make_no_other_patient(tmp_path):
+    file = tmp_path / "patients.csv"
+    file.write_text("case,patient\na, 7\nb,7 \n", encoding="utf-8-sig")
+    assert load_patients(file, ["a", "b"]) == {"a": "7", "b": "7"}
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", '{"train": []}', '[{"train": ["a"]}]'])
+def test_a_broken_splits_file_is_refused_and_kept(tmp_path, text):
+    file = tmp_path / "splits_final.json"
+    file.write_text(text)
+    with pytest.raises(SplitError, match="splits_final.json is no list of folds with train and val"):
+        ensure_splits(file, CASES, PATIENTS, 5, [0])
+    assert file.read_text() == text

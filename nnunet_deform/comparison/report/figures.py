@@ -119,10 +119,9 @@ def paired_differences(
         axes.axvline(0, color=_INK, linewidth=0.8)
         if band is not None:
             axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
-        position = {arm: index for index, arm in enumerate(analysis.arms)}
         for number, ((first, second), is_declared) in enumerate(rows):
             row, contrast = len(rows) - number, metric.contrast(first, second)
-            values = metric.scores[position[first]] - metric.scores[position[second]]
+            values = metric.case_differences(first, second)
             values = values[~np.isnan(values)]
             shade = _COLOURS[0] if is_declared else _COLOURS[-1]
             if len(values) > _VIOLIN_CASES and np.ptp(values) > 0:
