@@ -386,13 +386,15 @@ def compare_init(
 ) -> None:
     """Write a good first experiment file for a dataset."""
     with _comparison_errors():
-        from nnunet_deform.comparison.experiment import default_experiment
+        from nnunet_deform.comparison.experiment import default_experiment, parse_experiment
         from nnunet_deform.comparison.files import write_text
 
         if output.exists():
             raise _fail(f"{output} exists; give another name with -o.")
         identifier = int(dataset) if dataset.isdigit() else dataset
-        write_text(output, default_experiment(identifier, output, configuration=configuration, device=device))
+        text = default_experiment(identifier, output, configuration=configuration, device=device)
+        parse_experiment(text, output)  # the options may not fit
+        write_text(output, text)
     print(f"Wrote {output}. Look at its arms and hypotheses, then: nnunet-deform compare run {output}")
 
 

@@ -37,9 +37,9 @@ class MetricAnalysis:
 
     scores: [arms, cases], a case's mean over its scored classes; by_class: [arms, classes], the mean over cases, as in
     nnU-Net; means and intervals: of each arm, the latter [2, arms]; contrasts: all pairs of arms, Holm over these pairs
-    (exploratory); differences: [pairs, cases], what each of these contrasts is about; by_class_contrasts: class by class;
-    noise and seed_means: where an arm rightly left out what another training drew, it has the best score, as in
-    differences; noise: of seeds; no_score: [arms], cells without a score, because
+    (exploratory); differences: [pairs, cases], what each of these contrasts is about; by_class_contrasts: class by
+    class; seed_means: of each training, on the scale of the differences, where a structure that is rightly left out and
+    drawn by another training has the best score; noise: of seeds; no_score: [arms], cells without a score, because
     a structure is rightly absent; ranking: None with fewer than two arms.
     """
 

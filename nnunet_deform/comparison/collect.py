@@ -43,6 +43,22 @@ def test_folder(training: Training, folders: Folders) -> Path:
     return folders.output / "test" / training.arm_key
 
 
+def test_commands(
+    experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders
+) -> list[list[str]]:
+    """nnU-Net's commands that predict imagesTs with an arm's folds, and evaluate that."""
+    folder, processes = test_folder(training, folders), str(experiment.resources.processes)
+    predict = ["nnUNetv2_predict", "-d", training.dataset, "-i", str(found.raw / "imagesTs"), "-o", str(folder)]
+    predict += ["-c", training.configuration, "-tr", training.trainer, "-p", training.plans]
+    predict += ["-f", *(str(fold) for fold in experiment.folds), "-device", experiment.device]
+    predict += ["-npp", processes, "-nps", processes]
+    predict += [] if experiment.mirroring else ["--disable_tta"]
+    evaluate = ["nnUNetv2_evaluate_folder", str(found.raw / "labelsTs"), str(folder), "-np", processes]
+    evaluate += ["-djfile", str(folder / "dataset.json"), "-pfile", str(folder / "plans.json")]
+    evaluate += ["-o", str(folder / "summary.json")]
+    return [predict, evaluate]
+
+
 def write_ensemble(experiment: Experiment, training: Training, folders: Folders) -> None:
     """Note in an empty :func:`test_folder` what its predictions will be made from."""
     write_json(test_folder(training, folders) / "made_from.json", _ensemble(experiment, training, folders))
@@ -155,9 +171,7 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         patients = patients_of(dataset, found, file)
         patients_by_dataset[found.name] = patients or {case: case for case in found.cases}
         if found.splits_file.exists():  # the patients may be newer than the last run
-            check_splits(
-                read_splits(found.splits_file), found.cases, patients, experiment.folds, found.splits_file
-            )
+            check_splits(read_splits(found.splits_file), found.cases, patients, experiment.folds, found.splits_file)
     for training in list_trainings(experiment, folders):
         found = datasets[training.dataset]
         if not found.splits_file.exists() or not found.plans_file(training.plans).exists():
@@ -180,6 +194,8 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         summary = test_folder(training, folders) / "summary.json"
         of_test = _read_scores(ensemble_scores_file(training, folders), summary, tolerance)
         if of_test is not None and is_predicted(experiment, training, folders):
+            # Which cases these are nnU-Net has checked.
+            faults += check_scores(of_test, list(of_test["case"]), tuple(found.labels), f"{training}, test set")
             test.append(_described(of_test, training, -1).assign(patient=of_test["case"]))
     if faults:
         raise CollectionError("\n".join(faults))

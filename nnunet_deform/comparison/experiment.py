@@ -276,6 +276,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
+
 def _line(node: yaml.Node | None, place: tuple[int | str, ...]) -> int:
     """Line of the innermost part of ``place`` that the file has."""
     line = 1 if node is None else node.start_mark.line + 1
@@ -306,12 +307,23 @@ def load_experiment(file: Path) -> Experiment:
     """Read and check an experiment file.
 
     Raises:
-        ExperimentError: it cannot be read, is no YAML, or does not fit; every fault with its line.
+        ExperimentError: it cannot be read, or see :func:`parse_experiment`.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ExperimentError(f"cannot read {file} ({error.strerror}).") from error
+    return parse_experiment(text, file)
+
+
+def parse_experiment(text: str, file: Path) -> Experiment:
+    """
+    Args:
+        file: where the text stands, for messages.
+
+    Raises:
+        ExperimentError: it is no YAML, or does not fit; every fault with its line.
+    """
     try:
         tree = yaml.compose(text, Loader=_Loader)
         content = yaml.load(text, Loader=_Loader)
@@ -348,7 +360,7 @@ datasets:
     # tolerance: 1.0         # mm, of NSD, or one a class; default: the smallest voxel side of the median spacing
     test: {test}
 
-# Every network, its twin without the new operator, and nnU-Net's own, all with nnU-Net's own recipe.
+# A network, its twin without the new operator, and nnU-Net's own two, all with nnU-Net's own recipe.
 arms:
   - {{name: stock, trainer: nnUNetTrainer}}
   - {{name: ResEncM, trainer: nnUNetTrainer, plans: nnUNetResEncUNetMPlans}}

@@ -116,7 +116,6 @@ def prepare_dataset(
     for part in ("imagesTs", "labelsTs") if dataset.test else ():
         if not (found.raw / part).is_dir():
             raise PreparationError(f"{found.raw / part} does not exist; set test: false for this dataset.")
-    splits = ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
     if isinstance(dataset.tolerance, dict) and set(dataset.tolerance) != set(found.labels):
         raise PreparationError(
             f"the tolerances of {found.name} are for {sorted(dataset.tolerance)}; it has the classes "
@@ -129,6 +128,7 @@ def prepare_dataset(
         raise PreparationError(
             f"{found.plans_file(unknown[0])} does not exist; make these plans first, or use one of {sorted(PLANNERS)}."
         )
+    splits = ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
     number = found.name[len("Dataset") :][:3]
     missing = [name for name in base_plans if not found.plans_file(name).exists()]
     if missing:

@@ -27,6 +27,12 @@ class Ranking:
     frequencies: np.ndarray
     tau: np.ndarray
 
+    @property
+    def mean_tau(self) -> float:
+        """Over the draws that have one; NaN where none has, because all arms score the same."""
+        known = self.tau[~np.isnan(self.tau)]
+        return float(known.mean()) if known.size else float("nan")
+
 
 def rank_rows(scores: np.ndarray) -> np.ndarray:
     """Ranks along the last axis, 1 for the highest score, ties with the mean of their ranks.

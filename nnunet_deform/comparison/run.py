@@ -22,6 +22,7 @@ from nnunet_deform.comparison.collect import (
     is_predicted,
     score_test,
     score_training,
+    test_commands,
     test_folder,
     write_ensemble,
 )
@@ -264,19 +265,10 @@ class Comparison:
         self._refuse_unfinished(arm)
         experiment, folder = self.experiment, test_folder(training, self.folders)
         if not is_predicted(experiment, training, self.folders):
-            processes = str(experiment.resources.processes)
-            predict = ["nnUNetv2_predict", "-d", training.dataset, "-i", str(found.raw / "imagesTs"), "-o", str(folder)]
-            predict += ["-c", training.configuration, "-tr", training.trainer, "-p", training.plans]
-            predict += ["-f", *(str(fold) for fold in experiment.folds), "-device", experiment.device]
-            predict += ["-npp", processes, "-nps", processes]
-            predict += [] if experiment.mirroring else ["--disable_tta"]
-            evaluate = ["nnUNetv2_evaluate_folder", str(found.raw / "labelsTs"), str(folder), "-np", processes]
-            evaluate += ["-djfile", str(folder / "dataset.json"), "-pfile", str(folder / "plans.json")]
-            evaluate += ["-o", str(folder / "summary.json")]
             with self.locked(f"{training.key}_test"):
                 shutil.rmtree(folder, ignore_errors=True)
                 write_ensemble(experiment, training, self.folders)
-                for command in (predict, evaluate):
+                for command in test_commands(experiment, training, found, self.folders):
                     self._command(command, self.folders.output / "logs" / f"{training.key}_test_{command[0]}.log")
         score_test(experiment, training, found, self.folders)
 
@@ -433,4 +425,5 @@ def declaration(experiment: Experiment) -> dict[str, object]:
         "hypotheses": [list(pair) for pair in experiment.hypotheses],
         "alpha": experiment.statistics.alpha,
         "band": experiment.statistics.band,
+        "datasets": [[dataset.id, dataset.configuration] for dataset in experiment.datasets],
     }

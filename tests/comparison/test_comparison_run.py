@@ -189,6 +189,93 @@ def _experiment(trial: Trial):
     return comparison.experiment, comparison.folders
 
 
+def test_the_declared_hypotheses_are_in_numbers_too(finished):
+    page = finished.report()
+    rows = pd.read_csv(finished.output / "report" / "hypotheses.csv")
+    pairs = pd.read_csv(finished.output / "report" / "contrasts.csv")
+    pairs = pairs[(pairs["metric"] == "Dice") & (pairs["class"] == "all")].set_index(["first", "second"])
+    assert len(rows) == 2
+    for _, row in rows.iterrows():
+        # in the order of the arms "stock" comes first, so the declared difference is turned
+        first, second = row["first"], row["second"]
+        sign, pair = (-1, pairs.loc[second, first]) if second == "stock" else (1, pairs.loc[first, second])
+        assert row["mean difference"] == pytest.approx(sign * pair["mean difference"])
+        assert row["rank-biserial"] == sign * pair["rank-biserial"] == 1
+        assert sorted([row["low"], row["high"]]) == pytest.approx(sorted([sign * pair["low"], sign * pair["high"]]))
+        # in a family of two, the interval for equivalence is at 95 %, too
+        assert row["equivalence low"] == row["low"] < row["mean difference"] < row["high"] == row["equivalence high"]
+        assert row["p Holm over hypotheses"] == 2 * row["p"]
+        assert f"<td>{row['mean difference']:+.4f}</td>" in page
+        assert f"{row['p Holm over hypotheses']:.3g}" in (finished.output / "report" / "hypotheses.tex").read_text()
+
+
+def test_test_sets_and_costs_that_are_missing_are_told(finished):
+    assert " have no " not in finished.report()
+    shutil.rmtree(finished.output / "test" / f"{NAME}-3d_fullres" / "ResEnc")
+    (finished.output / "costs" / f"{NAME}-3d_fullres" / "stock.json").unlink()
+    page = finished.report()
+    assert f"{NAME}: ResEnc has no test scores" in page
+    assert f"{NAME}: stock has no cost" in page
+
+
+def test_test_scores_of_different_cases_are_told(finished):
+    file = finished.output / "scores" / f"{NAME}-3d_fullres" / "stock_seed1_fold0_test.parquet"
+    table = pd.read_parquet(file)
+    table[table["case"] == table["case"].iloc[0]].to_parquet(file, index=False)
+    assert "test scores are of different cases, so they cannot be compared" in finished.report()
+
+
+def test_an_arm_that_finds_nothing_is_told(finished):
+    for fold in range(3):
+        file = finished.output / "scores" / f"{NAME}-3d_fullres" / f"ResEnc_seed1_fold{fold}.parquet"
+        table = pd.read_parquet(file)
+        table.assign(Dice=table["Dice"].where(table["label"] != "back", 0.0)).to_parquet(file, index=False)
+    page = finished.report()
+    assert f"{NAME}: ResEnc finds back in no case (Dice 0 everywhere)" in page
+    assert page.count("in no case") == 1
+
+
+def test_predictions_that_were_deleted_are_told(finished):
+    for file in finished.output.glob("nnUNet_results/*/nnUNetTrainerDeformUX*_seed1_*/fold_*/validation/*.nii.gz"):
+        file.unlink()
+    page = finished.report()
+    assert page.count("The prediction is no longer there.") == 2
+    assert page.count("data:image/png;base64,") == 4
+
+
+def test_a_report_of_one_complete_arm_names_no_ratio(finished):
+    for arm in ("DeformUX", "ResEnc"):
+        (finished.output / "scores" / f"{NAME}-3d_fullres" / f"{arm}_seed1_fold2.parquet").unlink()
+    page = finished.report()
+    assert "There is no other method to compare it with." in page
+    assert "Ratio" not in page
+    assert "nan" not in re.sub(r"<svg.*?</svg>|data:[^\"]*", "", page, flags=re.DOTALL)
+
+
+def test_the_commands_of_the_test_set_are_told(finished):
+    page = finished.report()
+    for _, trainer, plans in ARMS:
+        assert (
+            f"-c 3d_fullres -tr {trainer}{SUFFIX} -p {plans} -f 0 1 2 -device cpu -npp 1 -nps 1 --disable_tta" in page
+        )
+    assert page.count("nnUNetv2_evaluate_folder") == 3
+    assert "nnUNet_n_proc_DA=0" in page
+
+
+def test_a_declaration_that_is_missing_or_late_is_told(finished):
+    file = finished.output / "declared.json"
+    content = read_json(file)
+    file.write_text(json.dumps({**content, "date": "2999-01-01T00:00:00+00:00"}))
+    assert "AFTER the first training had begun" in finished.report()
+    # an older declaration without datasets is none that was changed
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != "datasets"}))
+    assert "before the first training" in finished.report()
+    file.write_text(json.dumps({**content, "datasets": [*content["datasets"], [8, "3d_fullres"]]}))
+    assert "The hypotheses were CHANGED after the first run" in finished.report()
+    file.unlink()
+    assert "Nothing shows that the hypotheses were declared" in finished.report()
+
+
 def test_hypotheses_changed_after_the_first_run_are_told(finished):
     finished.change("  - [DeformUX, stock]\n", "")
     assert finished.run() == []

@@ -128,6 +128,6 @@ def test_spaces_and_excels_mark_make_no_other_patient(tmp_path):
 def test_a_broken_splits_file_is_refused_and_kept(tmp_path, text):
     file = tmp_path / "splits_final.json"
     file.write_text(text)
-    with pytest.raises(SplitError, match="splits_final.json is no list of folds with train and val"):
+    with pytest.raises(SplitError, match=r"splits_final\.json is no list of folds with train and val"):
         ensure_splits(file, CASES, PATIENTS, 5, [0])
     assert file.read_text() == text

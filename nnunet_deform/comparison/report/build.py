@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,15 @@ from jinja2 import Environment, StrictUndefined
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_deform import __version__
-from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis, MetricAnalysis, analyse, few_seeds
-from nnunet_deform.comparison.collect import Collected, collect
+from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis, Hypothesis, MetricAnalysis, analyse, few_seeds
+from nnunet_deform.comparison.collect import Collected, collect, test_commands
 from nnunet_deform.comparison.cost import Cost, read_cost
 from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
 from nnunet_deform.comparison.files import read_json, write_text
 from nnunet_deform.comparison.metrics import METRICS, Metric
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset
 from nnunet_deform.comparison.report import figures
-from nnunet_deform.comparison.statistics import REQUIRED_SEEDS, bca_interval, bootstrap_means, patient_sums
+from nnunet_deform.comparison.statistics import REQUIRED_SEEDS, Contrast, bca_interval, bootstrap_means, patient_sums
 from nnunet_deform.comparison.trainings import Record, Training, list_trainings, now, read_record
 
 
@@ -69,23 +71,11 @@ def write_tables(folder: Path, analysis: Analysis, collected: Collected) -> None
     arms.to_csv(folder / "arms.csv", index=False)
     contrasts = pd.DataFrame([row for dataset in analysis.datasets for row in _contrast_rows(dataset)])
     contrasts.to_csv(folder / "contrasts.csv", index=False)
-    hypotheses = pd.DataFrame(
-        [
-            {
-                "dataset": hypothesis.dataset,
-                "configuration": hypothesis.configuration,
-                "first": hypothesis.first,
-                "second": hypothesis.second,
-                "verdict": hypothesis.verdict.kind,
-                "winner": hypothesis.verdict.winner or "",
-                "sentence": hypothesis.verdict.sentence,
-            }
-            for hypothesis in analysis.hypotheses
-        ]
-    )
+    hypotheses = pd.DataFrame([_hypothesis_row(hypothesis) for hypothesis in analysis.hypotheses])
     hypotheses.to_csv(folder / "hypotheses.csv", index=False)
     _write_latex(folder / "arms.tex", _latex_arms(analysis))
-    _write_latex(folder / "hypotheses.tex", hypotheses[["dataset", "first", "second", "verdict"]])
+    cells = pd.DataFrame([_hypothesis_cells(hypothesis) for hypothesis in analysis.hypotheses])
+    _write_latex(folder / "hypotheses.tex", pd.concat([hypotheses[["dataset", "first", "second"]], cells], axis=1))
 
 
 def _write_latex(file: Path, table: pd.DataFrame) -> None:
@@ -128,20 +118,56 @@ def _contrast_rows(dataset: DatasetAnalysis) -> list[dict[str, Any]]:
                         "metric": c.metric,
                         "first": c.first,
                         "second": c.second,
-                        "cases": c.cases,
-                        "patients": c.patients,
-                        "mean difference": c.mean,
-                        "median difference": c.median,
-                        "low": c.interval[0],
-                        "high": c.interval[1],
-                        "p": c.p,
-                        "p Holm over pairs": c.p_holm,
-                        "rank-biserial": c.rank_biserial,
-                        "smallest detectable": c.detectable,
-                        "absent, drawn by one": c.one_sided_absent,
+                        **_figures_of(c, "pairs"),
                     }
                 )
     return rows
+
+
+def _figures_of(c: Contrast, family: str) -> dict[str, float]:
+    return {
+        "cases": c.cases,
+        "patients": c.patients,
+        "mean difference": c.mean,
+        "median difference": c.median,
+        "low": c.interval[0],
+        "high": c.interval[1],
+        "p": c.p,
+        f"p Holm over {family}": c.p_holm,
+        "rank-biserial": c.rank_biserial,
+        "smallest detectable": c.detectable,
+        "absent, drawn by one": c.one_sided_absent,
+    }
+
+
+def _hypothesis_row(hypothesis: Hypothesis) -> dict[str, Any]:
+    row = {
+        "dataset": hypothesis.dataset,
+        "configuration": hypothesis.configuration,
+        "first": hypothesis.first,
+        "second": hypothesis.second,
+        "verdict": hypothesis.verdict.kind,
+        "winner": hypothesis.verdict.winner or "",
+        "sentence": hypothesis.verdict.sentence,
+    }
+    if hypothesis.contrast is not None:
+        low, high = hypothesis.contrast.equivalence
+        row |= {**_figures_of(hypothesis.contrast, "hypotheses"), "equivalence low": low, "equivalence high": high}
+    return row
+
+
+def _hypothesis_cells(hypothesis: Hypothesis) -> dict[str, str]:
+    """For readers; an arm that is incomplete leaves dashes."""
+    c = hypothesis.contrast
+    names = ("difference", "95 % interval", "p, Holm", "rank-biserial", "smallest detectable")
+    if c is None:
+        values = ("-",) * len(names)
+    else:
+        metric = METRICS[c.metric]
+        signed = _number(metric, "+")
+        interval = f"{signed(c.interval[0])} to {signed(c.interval[1])}"
+        values = (signed(c.mean), interval, f"{c.p_holm:.3g}", f"{c.rank_biserial:+.2f}", _number(metric)(c.detectable))
+    return {**dict(zip(names, values, strict=True)), "verdict": hypothesis.verdict.kind}
 
 
 def _latex_arms(analysis: Analysis) -> pd.DataFrame:
@@ -184,8 +210,8 @@ def _render(
         date=now(),
         version=__version__,
         summary=analysis.summary,
-        cautions=_cautions(experiment, folders, collected, analysis, declaration),
-        hypotheses=analysis.hypotheses,
+        cautions=_cautions(experiment, folders, collected, analysis, records, declaration),
+        hypotheses=[(hypothesis, _hypothesis_cells(hypothesis)) for hypothesis in analysis.hypotheses],
         experiment=experiment,
         experiment_text=file.read_text(encoding="utf-8"),
         required_seeds=REQUIRED_SEEDS,
@@ -194,8 +220,45 @@ def _render(
             for number, dataset in enumerate(analysis.datasets)
         ],
         provenance=_provenance(records),
-        commands=[command for record in records.values() if record for command in record.commands],
+        packages=", ".join(f"{name} {version(name)}" for name in ("monai", "scipy", "numpy", "pandas")),
+        file=file.name,
+        commands=_commands(experiment, folders, collected, records),
     )
+
+
+def _commands(
+    experiment: Experiment, folders: Folders, collected: Collected, records: Mapping[Training, Record | None]
+) -> list[str]:
+    """nnU-Net's, of all trainings and of the test sets that have scores."""
+    found = [command for record in records.values() if record for command in record.commands]
+    tested = set(zip(*(collected.test[key] for key in ("dataset", "configuration", "arm", "seed")), strict=True))
+    for training in records:
+        key = (training.dataset, training.configuration, training.arm, training.seed)
+        if key in tested and training.fold == experiment.folds[0]:
+            dataset = find_dataset_by_name(experiment, training.dataset, folders)
+            found += [shlex.join(command) for command in test_commands(experiment, training, dataset, folders)]
+    return found
+
+
+def _declared_when(folders: Folders, records: Iterable[Record | None], declaration: Mapping[str, Any]) -> str:
+    file = folders.output / "declared.json"
+    if not file.exists():
+        return f"Nothing shows that the hypotheses were declared before the first training: {file} is missing."
+    then = read_json(file)
+    date = then.pop("date")
+    changed = {key: value for key, value in then.items() if value != declaration[key]}
+    if changed:
+        return (
+            f"The hypotheses were CHANGED after the first run, which declared on {date}: {changed}. What is decided "
+            "below was not decided in advance."
+        )
+    first = min((record.started for record in records if record), default=None)
+    if first is not None and first < date:
+        return (
+            f"The hypotheses were declared on {date}, AFTER the first training had begun ({first}). What is decided "
+            "below was not decided in advance."
+        )
+    return f"The hypotheses were declared on {date}, before the first training."
 
 
 def _cautions(
@@ -203,21 +266,11 @@ def _cautions(
     folders: Folders,
     collected: Collected,
     analysis: Analysis,
+    records: Mapping[Training, Record | None],
     declaration: Mapping[str, Any],
 ) -> list[str]:
     """What a reader must know before the figures."""
-    found = []
-    declared = folders.output / "declared.json"
-    if declared.exists():
-        then = read_json(declared)
-        date = then.pop("date")
-        if then == dict(declaration):
-            found.append(f"The hypotheses were declared on {date}, before the first training.")
-        else:
-            found.append(
-                f"The hypotheses were CHANGED after the first run, which declared on {date}: {then}. What is decided "
-                "below was not decided in advance."
-            )
+    found = [_declared_when(folders, records.values(), declaration)]
     for training, why in collected.missing.items():
         found.append(f"No scores of {training}: {why}.")
     for dataset in analysis.datasets:
@@ -228,6 +281,8 @@ def _cautions(
                 f"{dataset.dataset}: {', '.join(few)} {'has' if len(few) == 1 else 'have'} fewer than {REQUIRED_SEEDS} "
                 "seeds, so nothing is decided about them: how much their trainings differ by chance is not known."
             )
+        found += _failed_trainings(experiment, dataset, collected.cases)
+        found += _not_tested_or_measured(experiment, dataset, collected, records, folders)
         if dataset.metrics:
             noise = dataset.metrics[experiment.primary].noise
             if not math.isnan(noise.ratio) and noise.ratio < 1:
@@ -242,6 +297,65 @@ def _cautions(
     return found
 
 
+def _failed_trainings(experiment: Experiment, dataset: DatasetAnalysis, cases: pd.DataFrame) -> list[str]:
+    """Arms that never found a class: figures of theirs are no figures of a method."""
+    mine = (cases["dataset"] == dataset.dataset) & (cases["configuration"] == dataset.configuration)
+    present = cases[mine & (cases["seed"] == experiment.seeds.first) & (cases["voxels_truth"] > 0)]
+    best = present.groupby(["arm", "label"])["Dice"].max()
+    found = []
+    for arm in dataset.arms:
+        if never := [label for label in dataset.labels if best.get((arm, label)) == 0]:
+            found.append(
+                f"{dataset.dataset}: {arm} finds {', '.join(never)} in no case (Dice 0 everywhere), so its training "
+                "failed or was too short. Differences from it, and the spread between methods, say nothing about "
+                "networks."
+            )
+    return found
+
+
+def _not_tested_or_measured(
+    experiment: Experiment,
+    dataset: DatasetAnalysis,
+    collected: Collected,
+    records: Mapping[Training, Record | None],
+    folders: Folders,
+) -> list[str]:
+    """Complete arms whose test predictions or cost are missing."""
+    of_arm = _first_trainings(experiment, dataset, records)
+    asked = any(
+        listed.test and listed.configuration == dataset.configuration
+        for listed in experiment.datasets
+        if find_dataset(listed, folders).name == dataset.dataset
+    )
+    mine = (collected.test["dataset"] == dataset.dataset) & (collected.test["configuration"] == dataset.configuration)
+    tested = collected.test[mine].groupby("arm")["case"].agg(frozenset)
+    found = []
+    lacking = {
+        "test scores (compare run predicts with the folds as they are)": [
+            arm for arm in dataset.arms if asked and arm not in tested.index
+        ],
+        "cost (compare run measures it)": [arm for arm in dataset.arms if read_cost(of_arm[arm], folders) is None],
+    }
+    for what, arms in lacking.items():
+        if arms:
+            found.append(f"{dataset.dataset}: {', '.join(arms)} {'has' if len(arms) == 1 else 'have'} no {what}.")
+    if tested.nunique() > 1:
+        found.append(f"{dataset.dataset}: the arms' test scores are of different cases, so they cannot be compared.")
+    return found
+
+
+def _first_trainings(
+    experiment: Experiment, dataset: DatasetAnalysis, trainings: Iterable[Training]
+) -> dict[str, Training]:
+    """Each arm's training of the first fold with the first seed."""
+    return {
+        t.arm: t
+        for t in trainings
+        if (t.dataset, t.configuration) == (dataset.dataset, dataset.configuration)
+        and (t.seed, t.fold) == (experiment.seeds.first, experiment.folds[0])
+    }
+
+
 def _dataset_section(
     experiment: Experiment,
     dataset: DatasetAnalysis,
@@ -251,11 +365,7 @@ def _dataset_section(
     folders: Folders,
 ) -> dict[str, Any]:
     mine = [t for t in trainings if (t.dataset, t.configuration) == (dataset.dataset, dataset.configuration)]
-    of_arm = {
-        training.arm: training
-        for training in reversed(mine)
-        if training.seed == experiment.seeds.first and training.fold == experiment.folds[0]
-    }
+    of_arm = _first_trainings(experiment, dataset, mine)
     costs = {arm: cost for arm, training in of_arm.items() if (cost := read_cost(training, folders)) is not None}
     section: dict[str, Any] = {
         "analysis": dataset,
@@ -339,9 +449,12 @@ def _overlays(
     experiment: Experiment,
 ) -> list[dict[str, Any]]:
     """The worst and the median case by the arms' mean score, one slice of each arm's prediction."""
-    found = _found(dataset, folders, experiment)
-    mean = np.nanmean(primary.scores, axis=0)
-    order = [int(i) for i in np.argsort(mean if primary.metric.higher_is_better else -mean) if not np.isnan(mean[i])]
+    found = find_dataset_by_name(experiment, dataset.dataset, folders)
+    scored = np.flatnonzero(~np.isnan(primary.scores).all(axis=0))
+    if not scored.size:
+        return []
+    mean = np.nanmean(primary.scores[:, scored], axis=0)
+    order = scored[np.argsort(mean if primary.metric.higher_is_better else -mean)]
     fold_of = {
         case: fold
         for fold, split in enumerate(read_json(found.splits_file))
@@ -366,12 +479,15 @@ def _overlays(
     return rows
 
 
-def _found(dataset: DatasetAnalysis, folders: Folders, experiment: Experiment) -> DatasetFolders:
+def find_dataset_by_name(experiment: Experiment, name: str, folders: Folders) -> DatasetFolders:
     candidates = (find_dataset(listed, folders) for listed in experiment.datasets)
-    return next(found for found in candidates if found.name == dataset.dataset)
+    return next(found for found in candidates if found.name == name)
 
 
-def _picture(found: DatasetFolders, training: Training, case: str, predictions: Path) -> str:
+def _picture(found: DatasetFolders, training: Training, case: str, predictions: Path) -> str | None:
+    """None where the prediction was deleted, to save space perhaps."""
+    if not (predictions / f"{case}{found.file_ending}").exists():
+        return None
     reader = PlansManager(str(found.plans_file(training.plans))).image_reader_writer_class()
     ending = found.file_ending
     channel = found.raw / "imagesTr" / f"{case}_0000{ending}"
@@ -394,6 +510,9 @@ def _provenance(records: Mapping[Training, Record | None]) -> list[dict[str, Any
         if record is not None:
             versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
             key = (training.dataset, training.plans, record.splits, record.plans, record.dataset, versions)
-            rows.setdefault((*key, record.machine), []).append(str(training))
+            rows.setdefault((*key, record.machine), []).append(training.arm)
     names = ("dataset", "plans", "splits_hash", "plans_hash", "dataset_hash", "versions", "machine")
-    return [{**dict(zip(names, key, strict=True)), "count": len(trained)} for key, trained in rows.items()]
+    return [
+        {**dict(zip(names, key, strict=True)), "count": len(arms), "arms": ", ".join(dict.fromkeys(arms))}
+        for key, arms in rows.items()
+    ]
