@@ -321,6 +321,11 @@ def test_compare_init_writes_a_file_that_loads_and_never_replaces_one(run, tmp_p
     assert again.exit_code == 1
     assert "exists; give another name with -o" in again.output
     assert load_experiment(file) == experiment
+    other = tmp_path / "other.yaml"
+    wrong = run("compare", "init", "-d", "501", "-o", str(other), "--device", "tpu")
+    assert wrong.exit_code == 1
+    assert "device: Input should be 'cuda', 'cpu' or 'mps'" in wrong.output
+    assert not other.exists()
 
 
 @pytest.mark.parametrize("command", ["run", "report", "prepare", "jobs"])

@@ -1,8 +1,11 @@
+import base64
+import io
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from synthetic import make_experiment, make_scores
 
 from nnunet_deform.comparison.analysis import analyse
@@ -99,3 +102,7 @@ def test_an_overlay_is_a_png():
     empty, full = (figures.overlay(image, mask, prediction, [1, 2], (1.0, 2.0)) for prediction in (mask * 0, mask))
     assert empty.startswith("data:image/png;base64,iVBOR")
     assert empty != full
+    # 20 x 60 mm: above and below the slice the page shows, whatever its colour
+    pixels = imread(io.BytesIO(base64.b64decode(full.partition(",")[2])))
+    assert (pixels[0, :, 3] == 0).all()
+    assert (pixels[len(pixels) // 2, :, 3] == 1).all()

@@ -254,7 +254,7 @@ def overlay(
     Args:
         image: [Y, X]; truth, prediction: label maps [Y, X]; labels: their values; spacing: mm, (y, x).
     """
-    figure = Figure(figsize=(2.4, 2.4), dpi=110)
+    figure = Figure(figsize=(2.4, 2.4), dpi=110, facecolor="none")  # the page shows where a slice is no square
     axes = figure.add_axes((0, 0, 1, 1))
     low, high = np.percentile(image, [1, 99])
     height, width = image.shape
