@@ -29,7 +29,7 @@ def extension_folder() -> str:
 
 def apply() -> None:
     """Append our folder to ``nnUNet_extTrainer`` in this process; the user's own paths stay first."""
-    paths = _configured_paths()
+    paths = configured_paths()
     if not _contains_ours(paths):
         os.environ[VARIABLE] = os.pathsep.join([*paths, extension_folder()])
 
@@ -110,7 +110,7 @@ def check_nnunetv2() -> str:
 
 def problems() -> list[str]:
     """What keeps nnU-Net from finding our trainers in this process, one sentence each; empty when nothing does."""
-    paths = _configured_paths()
+    paths = configured_paths()
     found = [
         f"{VARIABLE} names {path!r}, which is not a folder, so nnU-Net passes over it; remove or correct it."
         for path in paths
@@ -174,7 +174,8 @@ def version_problems() -> list[str]:
     return found
 
 
-def _configured_paths() -> list[str]:
+def configured_paths() -> list[str]:
+    """The folders that ``nnUNet_extTrainer`` names in this process."""
     return [path for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path.strip()]
 
 

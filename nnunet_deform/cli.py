@@ -106,12 +106,13 @@ def status(
     from nnunet_deform import diagnosis
 
     problems = [*activation.problems(), *_print_trainers(console)]
-    problems += [diagnosis.explain_missing_trainer(name) for name in trainer or () if diagnosis.lookup(name) is None]
+    problems += [problem for name in trainer or () if (problem := diagnosis.trainer_problem(name)) is not None]
     problems += _print_backends(console)
     problems += [*diagnosis.plan_problems(), *diagnosis.checkpoint_problems()]
     for note in diagnosis.checkpoint_notes():
         console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
-    _print_problems(console, problems)
+    # A broken look-up is one problem, whatever was looked for.
+    _print_problems(console, list(dict.fromkeys(problems)))
     if versions or problems:
         raise typer.Exit(1)
     console.print("[bold green]All is well:[/bold green] nnU-Net finds every trainer.")
@@ -128,7 +129,12 @@ def _print_trainers(console: Console) -> list[str]:
     table = Table("trainer", "nnU-Net's look-up")
     problems = []
     for name in trainers.__all__:
-        found = diagnosis.lookup(name)
+        try:
+            found = diagnosis.lookup(name)
+        except diagnosis.BrokenLookup as error:
+            table.add_row(name, "[red]look-up breaks off[/red]")
+            problems.append(str(error))
+            continue
         if found is None:
             table.add_row(name, "[red]not found[/red]")
         elif found is getattr(trainers, name):

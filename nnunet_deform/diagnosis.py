@@ -7,27 +7,58 @@ import json
 import os
 import pydoc
 import re
+import traceback
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from nnunet_deform import __version__, activation, trainers
 from nnunet_deform.trainers.checkpoints import checkpoint_versions
 from nnunet_deform.trainers.variants import find_trainer
 
-_SUFFIXES = (r"_AdamW(?![a-z])", r"_\d+epochs(?:\d+iters)?", r"_seed\d+")
+_SUFFIXES = (r"_AdamW(?![a-z])", r"_\d+epochs(?:\d+iters)?", r"_seed\d+", r"_unmirrored(?![a-z])")
+
+
+class BrokenLookup(Exception):
+    """nnU-Net's look-up breaks off before it is through; the message says where, and what to do."""
 
 
 def lookup(name: str) -> type | None:
-    """The class that nnU-Net's own look-up gives for a trainer's name, None where it finds none."""
+    """The class that nnU-Net's own look-up gives for a trainer's name, None where it finds none.
+
+    Raises:
+        BrokenLookup: a module cannot be imported, or a class of this name is no trainer.
+    """
     # nnU-Net prints where it searches.
     with contextlib.redirect_stdout(io.StringIO()):
         from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
         try:
             return recursive_find_trainer_class_by_name(name)
-        except RuntimeError:
-            return None
+        except AssertionError as error:
+            raise BrokenLookup(
+                f"a class named {name} in a folder of {activation.VARIABLE} is no trainer ({error}); rename it."
+            ) from error
+        except Exception as error:  # the user's modules are imported, which may raise anything
+            if isinstance(error, RuntimeError) and str(error).startswith("Could not find requested nnunet trainer"):
+                return None
+            files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+            folders = [os.path.join(path, "") for path in activation.configured_paths()]
+            mine = [file for file in files if any(file.startswith(folder) for folder in folders)]
+            raise BrokenLookup(
+                f"nnU-Net's look-up breaks off in {mine[-1] if mine else files[-1]} ({type(error).__name__}: {error}); "
+                f"it imports the modules of every folder in {activation.VARIABLE}, so mend this one or take it away."
+            ) from error
+
+
+def trainer_problem(name: str) -> str | None:
+    """Why a trainer cannot be used here, in one sentence with what to do; None where it can."""
+    try:
+        found = lookup(name)
+    except BrokenLookup as error:
+        return str(error)
+    return None if found is not None else explain_missing_trainer(name)
 
 
 def explain_missing_trainer(name: str) -> str:
@@ -47,7 +78,9 @@ def explain_missing_trainer(name: str) -> str:
             f"name its folder in {activation.VARIABLE}."
         )
     if ordered != name:
-        return f"{name} has its suffixes in another order than _AdamW, _epochs, _seed; its name is {ordered}."
+        return (
+            f"{name} has its suffixes in another order than _AdamW, _epochs, _seed, _unmirrored; its name is {ordered}."
+        )
     return f"{name} is ours, but nnU-Net cannot find it, because the plugin is not active here."
 
 
@@ -62,9 +95,10 @@ def plan_problems() -> list[str]:
             continue
         if not isinstance(plans, dict) or "configurations" not in plans:
             continue
-        names = {
-            c["architecture"]["network_class_name"] for c in plans["configurations"].values() if "architecture" in c
-        }
+        names = _networks(plans["configurations"])
+        if names is None:
+            found.append(f"{path} is damaged: its configurations are not as nnU-Net writes them; plan again.")
+            continue
         for name in sorted(names):
             if not _importable(name):
                 found.append(
@@ -72,6 +106,24 @@ def plan_problems() -> list[str]:
                     "from, in the version that wrote the plan."
                 )
     return found
+
+
+def _networks(configurations: Any) -> set[str] | None:
+    """The networks that a plan's configurations name, or None where these are no configurations."""
+    if not isinstance(configurations, dict):
+        return None
+    names = set()
+    for configuration in configurations.values():
+        match configuration:
+            case {"architecture": {"network_class_name": str(name)}}:
+                names.add(name)
+            case {"architecture": _}:
+                return None
+            case dict():  # it inherits its architecture, or is of an old nnU-Net
+                pass
+            case _:
+                return None
+    return names
 
 
 def _importable(name: str) -> bool:
@@ -92,8 +144,9 @@ def checkpoint_problems() -> list[str]:
         except RuntimeError as error:
             found.append(str(error))
     for name, folder in models.items():
-        if lookup(name) is None:
-            found.append(f"{folder} cannot be used for prediction here: {explain_missing_trainer(name)}")
+        problem = trainer_problem(name)
+        if problem is not None:
+            found.append(f"{folder} cannot be used for prediction here: {problem}")
     return found
 
 

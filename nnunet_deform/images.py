@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 _CHUNK = 1 << 24
 
@@ -33,4 +34,6 @@ def _incomplete(path: Path) -> str | None:
                 length += len(chunk)
     except (ImageFileError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         return f"it ends early or cannot be read ({error})"
+    except (HeaderDataError, ValueError) as error:
+        return f"its header is no header ({error})"
     return None if length >= expected else f"it has {length} bytes of {expected}"

@@ -31,13 +31,16 @@ from nnunet_deform.plans.deformux import deformux_architecture
 from nnunet_deform.plans.lightmedseg import lightmedseg_architecture
 from nnunet_deform.plans.magic import magic_architecture
 from nnunet_deform.plans.memory import elements_for, estimated_elements, estimated_gigabytes
-from nnunet_deform.plans.preprocessed import owner_of, same_preprocessing
+from nnunet_deform.plans.preprocessed import owner_of, read_json, same_preprocessing
 
 # The memory targets of nnU-Net's ResEnc presets, in GB.
 PRESETS = {"M": 8, "L": 24, "XL": 40}
 # nnU-Net's trainer weights the coarsest output with zero, and so a single one with 0 / 0.
 _MIN_LEVELS = 3
 _ARCHITECTURE_KEYS = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+# Without these there is nothing to plan from.
+_PLAN_KEYS = ("plans_name", "configurations", "original_median_shape_after_transp")
+_CONFIGURATION_KEYS = ("data_identifier", "patch_size", "batch_size", "spacing", "median_image_size_in_voxels")
 
 
 class PlanError(Exception):
@@ -80,9 +83,10 @@ class NetworkPlanner(ExperimentPlanner):
         overwrite: replace a plan of this name.
 
     Raises:
-        PlanError: the dataset, its fingerprint or the base plan is missing; the plan exists; the memory target is not
-            positive; the base plan decides what was asked for. Raised by ``plan_experiment``: the base plan's
-            architecture cannot be followed, or the memory target is too small. Nothing is written then.
+        PlanError: the dataset, its fingerprint or the base plan is missing or damaged; the plan exists; the memory
+            target is not positive; the base plan decides what was asked for. Raised by ``plan_experiment``: the base
+            plan's architecture cannot be followed, the memory target is too small, or the plan cannot be written.
+            Nothing is written then.
     """
 
     label: ClassVar[str]
@@ -110,9 +114,15 @@ class NetworkPlanner(ExperimentPlanner):
             raise PlanError(f"a memory target of {gpu_memory_target_in_gb} GB is not positive and finite.")
         dataset_name = _find_dataset(dataset_name_or_id)
         self.folder = Path(nnUNet_preprocessed.require(), dataset_name)
-        if not (self.folder / "dataset_fingerprint.json").is_file():
+        fingerprint = self.folder / "dataset_fingerprint.json"
+        if not fingerprint.is_file():
             raise PlanError(f"{self.folder} has no dataset_fingerprint.json; run nnUNetv2_extract_fingerprint first.")
-        self.base_plans = self._read_base(base_plans_name)
+        try:
+            for path in (Path(nnUNet_raw.require(), dataset_name, "dataset.json"), fingerprint):
+                read_json(path)
+            self.base_plans = self._read_base(base_plans_name)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         self.target = self.folder / f"{plans_name}.json"
         if plans_name == base_plans_name:
             raise PlanError(f"{plans_name} is both the base plan and the plan to write; choose another base.")
@@ -138,9 +148,13 @@ class NetworkPlanner(ExperimentPlanner):
             raise PlanError(
                 f"there is no base plan {path}; make it with nnUNetv2_plan_experiment, or name another plan as base."
             )
-        plans = json.loads(path.read_text())
-        if not plans.get("configurations"):
-            raise PlanError(f"the base plan {path} has no configurations.")
+        plans = read_json(path)
+        missing = [key for key in _PLAN_KEYS if not plans.get(key)]
+        if missing:
+            raise PlanError(f"the base plan {path} has no {' and no '.join(missing)}; name another plan as base.")
+        configurations = plans["configurations"]
+        if not isinstance(configurations, dict) or not all(isinstance(c, dict) for c in configurations.values()):
+            raise PlanError(f"the base plan {path} is damaged: its configurations are not as nnU-Net writes them.")
         return plans
 
     def plan_experiment(self) -> dict[str, Any]:
@@ -161,7 +175,13 @@ class NetworkPlanner(ExperimentPlanner):
 
     def _plan_configuration(self, base: PlansManager, name: str, entry: dict[str, Any]) -> None:
         """Changes the entry of one configuration."""
-        resolved = base.get_configuration(name)
+        try:
+            resolved = base.get_configuration(name)
+        except KeyError as error:  # nnU-Net looks for what its older plans had in the place of an architecture
+            raise ValueError("it has no architecture.") from error
+        missing = [key for key in _CONFIGURATION_KEYS if key not in resolved.configuration]
+        if missing:
+            raise ValueError(f"it has no {' and no '.join(missing)}.")
         unet = resolved.configuration["architecture"]
         missing = [key for key in _ARCHITECTURE_KEYS if key not in unet]
         if missing:
@@ -286,6 +306,8 @@ class NetworkPlanner(ExperimentPlanner):
         try:
             partial_file.write_text(json.dumps(plans, indent=4))
             os.replace(partial_file, self.target)
+        except OSError as error:
+            raise PlanError(f"cannot write {self.target} ({error}); nothing was changed.") from error
         finally:
             with suppress(FileNotFoundError):
                 partial_file.unlink()

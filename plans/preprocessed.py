@@ -50,6 +50,21 @@ class PreprocessedFolder:
         return 0 < self.expected <= self.present
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """One of nnU-Net's descriptions of a dataset or a plan.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); make it again, or take it from a copy.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(content).__name__}); make it again.")
+    return content
+
+
 def owner_of(
     folder: Path, identifier: str, configurations: Sequence[str]
 ) -> tuple[PlansManager, ConfigurationManager] | None:
@@ -62,11 +77,14 @@ def owner_of(
 
     Returns:
         None if no plan of that name in the folder uses it.
+
+    Raises:
+        ValueError: the owner's file is damaged.
     """
     for configuration in configurations:
         path = folder / f"{identifier.removesuffix(f'_{configuration}')}.json"
         if identifier.endswith(f"_{configuration}") and path.is_file():
-            plans = PlansManager(json.loads(path.read_text()))
+            plans = PlansManager(read_json(path))
             if configuration in plans.available_configurations:
                 resolved = plans.get_configuration(configuration)
                 if resolved.data_identifier == identifier:

@@ -18,7 +18,7 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_deform.networks.padding import PaddedNetwork, Strides
+from nnunet_deform.networks.padding import PaddedNetwork, SegmentationHead, Strides
 from nnunet_deform.networks.topology import padded_size
 from nnunet_deform.plans.baselines import baseline_architecture
 from nnunet_deform.trainers.base import PlannedNetworkTrainer
@@ -158,6 +158,8 @@ class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, Abstrac
             num_output_channels,
             enable_deep_supervision,
         )
+        # All of it, because its widths go from the token's to the number of classes.
+        network.up_projection = SegmentationHead(network.up_projection)
         return PaddedNetwork(network, _PRIMUS_STRIDES, [[1] * 3], [], deep_supervision=False)
 
     def on_train_start(self) -> None:

@@ -36,12 +36,15 @@ class NumericalGuard(nnUNetTrainer):
         self._stepped = False
         self._weights_before: list[Tensor] | None = None
         self._gradient_norm: Tensor | None = None
+        self._found_inf: Tensor | None = None
         self.optimizer.register_step_pre_hook(self._before_optimizer_step)
 
     def _before_optimizer_step(self, *_: Any) -> None:
-        # A scaler does not call the optimiser in a step that it skips (but for fused ones, as Primus' is).
+        # A scaler does not call the optimiser in a step that it skips, but for fused ones, as Primus' is, which skip it
+        # by the scaler's verdict.
         self._stepped = True
         if self.grad_scaler is not None:
+            self._found_inf = getattr(self.optimizer, "found_inf", None)
             return
         # Without a scaler the step is taken whatever the gradients are, so the weights are kept for the second run.
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -59,12 +62,14 @@ class NumericalGuard(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         self._stepped = False
+        self._found_inf = None
         result = super().train_step(batch)
         loss = float(result["loss"])
         if not math.isfinite(loss):
             self._stop(batch, f"the loss is {loss}")
         if self.grad_scaler is not None:
-            self._skipped_steps = 0 if self._stepped else self._skipped_steps + 1
+            skipped = not self._stepped if self._found_inf is None else bool(self._found_inf.item())
+            self._skipped_steps = self._skipped_steps + 1 if skipped else 0
             if self._skipped_steps > MAX_SKIPPED_STEPS:
                 self._stop(
                     batch,

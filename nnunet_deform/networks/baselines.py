@@ -9,7 +9,7 @@ import monai.networks.nets as nets
 from monai.networks.nets.mednext import create_mednext
 from torch import Tensor, nn
 
-from nnunet_deform.networks.padding import PaddedNetwork, Strides
+from nnunet_deform.networks.padding import PaddedNetwork, SegmentationHead, Strides
 from nnunet_deform.networks.topology import padded_size
 
 
@@ -36,6 +36,7 @@ class SwinUNETR(PaddedNetwork):
             feature_size=feature_size,
             spatial_dims=len(strides[0]),
         )
+        network.out = SegmentationHead(network.out)
         super().__init__(network, strides, output_strides, [], deep_supervision)
 
 
@@ -79,6 +80,7 @@ class UNETR(PaddedNetwork):
             # MONAI builds the norm (1.5 both) and never calls it; distributed training would wait for its gradients.
             block.norm_cross_attn = nn.Identity()
             block.cross_attn = nn.Identity()
+        network.out = SegmentationHead(network.out)
         super().__init__(network, strides, output_strides, [], deep_supervision)
         self.patch_size = patch_size
 
@@ -120,6 +122,7 @@ class SegResNet(PaddedNetwork):
             blocks_down=(1, 2, 2, 4),
             blocks_up=(1, 1, 1),
         )
+        network.conv_final[-1] = SegmentationHead(network.conv_final[-1])
         super().__init__(network, strides, output_strides, [], deep_supervision)
 
 
@@ -156,6 +159,8 @@ class DynUNet(PaddedNetwork):
         )
         # The same layers once more, wired for MONAI's own forward pass.
         del network.skip_layers
+        network.output_block = SegmentationHead(network.output_block)
+        network.deep_supervision_heads = nn.ModuleList(map(SegmentationHead, network.deep_supervision_heads))
         super().__init__(network, strides, output_strides, network.deep_supervision_heads, deep_supervision)
 
     def logits(self, x: Tensor) -> list[Tensor]:
@@ -200,7 +205,10 @@ class UNetPlusPlus(PaddedNetwork):
             features=features,
             deep_supervision=True,
         )
-        coarse_heads = [network.final_conv_0_1, network.final_conv_0_2, network.final_conv_0_3]
+        names = [f"final_conv_0_{path}" for path in (1, 2, 3, 4)]
+        for name in names:
+            setattr(network, name, SegmentationHead(getattr(network, name)))
+        coarse_heads = [getattr(network, name) for name in names[:-1]]
         super().__init__(network, strides, output_strides, coarse_heads, deep_supervision)
 
     def logits(self, x: Tensor) -> list[Tensor]:
@@ -234,6 +242,8 @@ class MedNeXt(PaddedNetwork):
             kernel_size=kernel_size,
             deep_supervision=True,
         )
+        network.out_0 = SegmentationHead(network.out_0)
+        network.out_blocks = nn.ModuleList(map(SegmentationHead, network.out_blocks))
         super().__init__(network, strides, output_strides, network.out_blocks, deep_supervision)
 
     def train(self, mode: bool = True) -> "MedNeXt":

@@ -18,6 +18,18 @@ class _Decoder(nn.Module):
         self.deep_supervision = deep_supervision
 
 
+class SegmentationHead(nn.Module):
+    """The layers that depend on the number of classes, under the name by which nnU-Net's ``-pretrained_weights`` leaves
+    them out, so that weights go over to other labels."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.seg_layers = nn.ModuleList([head])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seg_layers[0](x)
+
+
 class PaddedNetwork(nn.Module):
     """A network that takes images of any size, [B, C, *spatial], padded with zeros at the end of each axis.
 

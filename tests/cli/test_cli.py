@@ -152,6 +152,24 @@ def test_status_when_another_copy_shadows_ours(run, pth, monkeypatch, tmp_path):
     assert result.output.count("Problem:") == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("import not_there", "broken.py (ModuleNotFoundError: No module named 'not_there'); it imports"),
+        ("def f(:", "(SyntaxError: invalid syntax (broken.py, line 1)); it imports"),
+        ("raise RuntimeError('stop')", "broken.py (RuntimeError: stop); it imports"),
+        ("class nnUNetTrainerDeformUX: pass", "a class named nnUNetTrainerDeformUX in a folder of"),
+    ],
+)
+def test_status_when_a_module_of_the_users_breaks_the_lookup(run, pth, monkeypatch, tmp_path, content, said):
+    (tmp_path / "broken.py").write_text(content)
+    monkeypatch.setattr(trainers, "__all__", ["nnUNetTrainerDeformUX"])
+    monkeypatch.setenv(activation.VARIABLE, os.pathsep.join([str(tmp_path), OURS]))
+    result = run("status", "nnUNetTrainerDeformUX")
+    assert said in only_problem(result)
+    assert "look-up breaks off" in result.output
+
+
 def test_status_when_the_requested_backend_does_not_exist(run, pth, monkeypatch):
     monkeypatch.setenv(activation.VARIABLE, OURS)
     monkeypatch.setenv("NNUNET_DEFORM_BACKEND", "abacus")
@@ -188,6 +206,7 @@ def only_problem(result) -> str:
     [
         ("nnUNetTrainerDeformUX_4epochs_AdamW", "its name is nnUNetTrainerDeformUX_AdamW_4epochs."),
         ("nnUNetTrainer_seed1_2epochs3iters", "its name is nnUNetTrainer_2epochs3iters_seed1."),
+        ("nnUNetTrainer_unmirrored_seed1_AdamW", "its name is nnUNetTrainer_AdamW_seed1_unmirrored."),
         ("nnUNetTrainerDeformUx_AdamW", "(did you mean nnUNetTrainerDeformUX?)"),
         (
             "nnUNetTrainerOfMine",
@@ -274,6 +293,11 @@ def test_status_with_plans_that_cannot_be_used(active, monkeypatch, tmp_path, va
     assert f"{path} asks for the network nnunet_deform.networks.DeformUXNet3000, which cannot be imported" in problem
     path.write_text(json.dumps(plan)[:20])
     assert f"{path} cannot be read" in only_problem(active("status"))
+    for configurations in (None, ["2d"], {"2d": 1}, {"2d": {"architecture": {}}}, {"2d": {"architecture": None}}):
+        path.write_text(json.dumps({"configurations": configurations}))
+        assert f"{path} is damaged: its configurations" in only_problem(active("status"))
+    path.write_text(json.dumps({"configurations": {"2d": {"UNet_class_name": "PlainConvUNet"}}}))
+    assert active("status").exit_code == 0
 
 
 def test_status_with_models_that_cannot_be_used(active, monkeypatch, tmp_path):

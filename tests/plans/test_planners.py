@@ -292,8 +292,13 @@ def test_what_is_missing_is_named(make_phantom: MakePhantom, monkeypatch):
     with pytest.raises(PlanError, match="nnUNetPlans is both the base plan and the plan to write"):
         nnUNetPlannerDeformUX("Dataset505_Hippocampus", plans_name="nnUNetPlans", overwrite=True)
     (folder / "nnUNetEmptyPlans.json").write_text("{}")
-    with pytest.raises(PlanError, match="has no configurations"):
+    with pytest.raises(PlanError, match=r"nnUNetEmptyPlans\.json has no plans_name and no configurations and no"):
         nnUNetPlannerDeformUX("Dataset505_Hippocampus", base_plans_name="nnUNetEmptyPlans")
+    for configurations in (3, {"2d": 3}):
+        damaged = {**plan_file(folder), "configurations": configurations}
+        (folder / "nnUNetEmptyPlans.json").write_text(json.dumps(damaged))
+        with pytest.raises(PlanError, match=r"nnUNetEmptyPlans\.json is damaged: its configurations are"):
+            nnUNetPlannerDeformUX("Dataset505_Hippocampus", base_plans_name="nnUNetEmptyPlans")
     (folder / "nnUNetEmptyPlans.json").unlink()
     assert files(folder) == before
     (folder / "dataset_fingerprint.json").unlink()
@@ -315,6 +320,42 @@ def test_an_existing_plan_is_only_replaced_on_request(make_phantom: MakePhantom)
     assert plan_file(folder, "nnUNetDeformUXPlans")["plans_name"] == "nnUNetDeformUXPlans"
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]"])
+@pytest.mark.parametrize(
+    "name", ["nnUNetPlans.json", "dataset_fingerprint.json", "dataset.json", "nnUNetOwnerPlans.json"]
+)
+def test_a_damaged_file_is_named(make_phantom: MakePhantom, name, damage):
+    folder = make_phantom("Dataset505_Hippocampus")
+    base = (folder / "nnUNetPlans.json").read_text()
+    (folder / "nnUNetPlans.json").write_text(base.replace("nnUNetPlans_3d_fullres", "nnUNetOwnerPlans_3d_fullres"))
+    (folder / "nnUNetOwnerPlans.json").write_text(base)
+    raw = folder.parents[1] / "raw" / folder.name
+    path = (raw if name == "dataset.json" else folder) / name
+    path.write_text(damage(path.read_text()))
+    before = files(folder.parents[1])
+    with pytest.raises(PlanError, match=rf"{path} is damaged \("):
+        nnUNetPlannerDeformUX(505).plan_experiment()
+    assert files(folder.parents[1]) == before
+
+
+@pytest.mark.parametrize("gigabytes", [None, 8])
+@pytest.mark.parametrize(
+    ("missing", "of_configuration"),
+    [(key, False) for key in planners._PLAN_KEYS]
+    + [(key, True) for key in (*planners._CONFIGURATION_KEYS, "architecture")],
+)
+def test_an_incomplete_base_plan(make_phantom: MakePhantom, missing, of_configuration, gigabytes):
+    folder = make_phantom("Dataset505_Hippocampus")
+    base = plan_file(folder)
+    del (base["configurations"]["3d_fullres"] if of_configuration else base)[missing]
+    (folder / "nnUNetPlans.json").write_text(json.dumps(base))
+    before = files(folder)
+    where = "configuration 3d_fullres of nnUNetPlans: it" if of_configuration else r"the base plan .*nnUNetPlans\.json"
+    with pytest.raises(PlanError, match=rf"{where} has no {missing}"):
+        nnUNetPlannerLightMedSeg(505, gigabytes).plan_experiment()
+    assert files(folder) == before
+
+
 def test_a_failed_write_leaves_the_old_plan(make_phantom: MakePhantom, monkeypatch):
     folder = make_phantom("Dataset505_Hippocampus")
     nnUNetPlannerDeformUX(505).plan_experiment()
@@ -326,7 +367,7 @@ def test_a_failed_write_leaves_the_old_plan(make_phantom: MakePhantom, monkeypat
         raise OSError("disk full")
 
     monkeypatch.setattr(planners.os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(PlanError, match=r"cannot write .*nnUNetDeformUXPlans\.json \(disk full\); nothing was changed"):
         nnUNetPlannerDeformUX(505, 2, overwrite=True).plan_experiment()
     assert files(folder) == before
 

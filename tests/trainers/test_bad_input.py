@@ -92,6 +92,23 @@ def test_a_truncated_image(tmp_path, suffix) -> None:
     assert (sitk.GetArrayFromImage(sitk.ReadImage(str(path))) != values).mean() > 0.4
 
 
+@pytest.mark.parametrize(
+    ("offset", "value", "said"),
+    [(70, 7, "data code 7 not recognized"), (110, 0, "vox offset 128 too low"), (111, 255, "NaN")],
+)
+def test_a_damaged_header(tmp_path, offset, value, said) -> None:
+    path = tmp_path / "scan_0000.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 20, 33), np.float32)), str(path))
+    content = bytearray(path.read_bytes())
+    content[offset] = value
+    path.write_bytes(content)
+    (tmp_path / "theirs_0000.nii").write_bytes(b"")
+    one, other = incomplete_images(tmp_path)
+    assert f"{path} is damaged: its header is no header (" in one
+    assert said in one
+    assert "theirs_0000.nii is damaged" in other
+
+
 def test_a_damaged_checkpoint_is_not_continued_from(make_trainer) -> None:
     seeded = find_trainer("nnUNetTrainerLightMedSeg_4epochs1iters_seed0")
     trainer = make_trainer(seeded)

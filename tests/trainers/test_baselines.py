@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from phantoms import narrow_baselines, unet_architecture
@@ -165,6 +166,24 @@ def test_weights_load_strictly_with_deep_supervision_off_and_all_that_is_trained
     # Distributed training waits for these.
     single.train()(image).square().mean().backward()
     assert not [key for key, p in single.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_pretrained_weights_go_over_to_other_labels(make_trainer, tmp_path, name) -> None:
+    trainer = make_trainer(find_trainer(name), **PLANS["anisotropic"])
+    plan = (trainer.plans_manager, trainer.configuration_manager)
+    pretrained, network = (trainer.build_network_architecture(*plan, 1, classes) for classes in (3, 14))
+    torch.save({"network_weights": pretrained.state_dict()}, tmp_path / "checkpoint_final.pth")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    load_pretrained_weights(network, str(tmp_path / "checkpoint_final.pth"))
+    source = pretrained.state_dict()
+    heads = {key for key in before if ".seg_layers." in key}
+    assert heads
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key] if key in heads else source[key])
+    # No more than the heads is left out: as many modules as there are logits.
+    depth = len({key.split(".seg_layers.")[0] for key in heads})
+    assert depth == len(as_list(network(torch.randn(1, 1, 10, 36, 20))))
 
 
 @pytest.mark.parametrize("name", COARSEST)

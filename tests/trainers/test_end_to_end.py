@@ -14,9 +14,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from phantoms import SCENARIOS, Scenario, use
 
-from nnunet_deform import trainers
+from nnunet_deform import activation, trainers
+from nnunet_deform.plans.planners import PLANNERS
 
 MAIN = ("nnUNetTrainerDeformUX", "nnUNetTrainerLightMedSeg", "nnUNetTrainerMAGIC", "nnUNetTrainerMAGICResEnc")
 CPU = torch.device("cpu")
@@ -144,6 +146,29 @@ def test_train_validate_continue_predict_share(workplace, monkeypatch, tmp_path,
         install_model_from_zip_file(str(tmp_path / "model.zip"))
         installed = model_folder(tmp_path / "elsewhere", trainer, configuration)
         assert np.array_equal(predict(root, installed, tmp_path / "predicted_elsewhere"), segmentation)
+
+
+@pytest.mark.parametrize("planner", PLANNERS.values(), ids=PLANNERS)
+def test_nnunets_own_trainer_and_prediction_take_our_plans_without_activation(
+    workplace, monkeypatch, tmp_path, planner
+) -> None:
+    root = workplace(SCENARIOS["2d"])
+    monkeypatch.delenv(activation.VARIABLE)
+    plan = planner(999)
+    plan.plan_experiment()
+    trainer = get_trainer_from_args("999", "2d", 0, "nnUNetTrainer", plan.plans_identifier, device=CPU)
+    assert type(trainer) is nnUNetTrainer
+    trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    folder = root / "results" / DATASET / f"nnUNetTrainer__{plan.plans_identifier}__2d"
+    summary = json.loads((folder / "fold_0" / "validation" / "summary.json").read_text())
+    assert 0 <= summary["foreground_mean"]["Dice"] <= 1
+    network = predictor_of(folder).network
+    assert type(network).__module__.startswith("nnunet_deform.networks.")
+    weights = trainer.network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert set(np.unique(predict(root, folder, tmp_path / "predicted"))) <= {0, 1, 2}
 
 
 @main_trainers

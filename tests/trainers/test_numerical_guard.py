@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from phantoms import narrow_baselines
 from torch import Tensor, nn
 
 from nnunet_deform.trainers import numerical_guard
@@ -192,6 +193,32 @@ def test_a_scaler_may_skip_twenty_steps_in_a_row(started) -> None:
     assert offender(str(error.value)).startswith("encoder.stages.1")
     after = state(trainer)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_scaler_may_not_skip_more_steps_of_a_fused_optimiser_either(started, monkeypatch) -> None:
+    """Which is called in every step, and skips it itself."""
+    narrow_baselines(monkeypatch)
+    trainer = started("nnUNetTrainerPrimus_S")
+    assert trainer.optimizer.defaults["fused"]
+    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+    layer = next(name for name, module in trainer.network.named_modules() if name.endswith(".mlp"))
+    for _ in range(2):
+        module = trainer.network.get_submodule(layer)
+        handle = module.register_forward_hook(lambda *args: PoisonedGradient.apply(args[-1]))
+        before = state(trainer)
+        for _ in range(MAX_SKIPPED_STEPS):
+            trainer.train_step(trainer.batch)
+        after = state(trainer)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        handle.remove()
+        trainer.train_step(trainer.batch)
+        assert any(not torch.equal(value, after[key]) for key, value in state(trainer).items())
+    break_gradient(trainer, layer)
+    for _ in range(MAX_SKIPPED_STEPS):
+        trainer.train_step(trainer.batch)
+    with pytest.raises(FloatingPointError, match=r"the step was skipped, 21 times in a row") as error:
+        trainer.train_step(trainer.batch)
+    assert offender(str(error.value)).startswith(layer)
 
 
 def test_a_scaler_does_not_hide_the_loss(started) -> None:
