@@ -12,11 +12,6 @@ from nnunet_deform.losses import BoundaryWeightedLoss, class_weights
 IGNORE = 9
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def loss_for(**options) -> BoundaryWeightedLoss:
     return BoundaryWeightedLoss(
         **{"regions": False, "ignore_label": None, "batch_dice": False, "boundary_kernel": (3, 3), **options}

@@ -130,14 +130,14 @@ def test_exports(backend: str, device: str):
 def test_autocast_casts_values_and_keeps_offsets(backend: str, device: str, dtype: torch.dtype):
     arguments = draw(DENSE, device, torch.float32)
     skip_if_unable(arguments[0].to(dtype), arguments[1], arguments[2].to(dtype))
-    grad_output = torch.randn(DENSE.batch, DENSE.channels[1], *DENSE.out_size, device=device)
+    grad_output = torch.randn(DENSE.batch, DENSE.channels[1], *DENSE.out_size, device=device, dtype=dtype)
     with torch.autocast(device, dtype):
         output = conv(*arguments, **DENSE.spatial)
     assert output.dtype == dtype
-    gradients = torch.autograd.grad(output, arguments, grad_output.to(dtype))
+    gradients = torch.autograd.grad(output, arguments, grad_output)
 
     expected = conv(*arguments, **DENSE.spatial)
-    wanted = torch.autograd.grad(expected, arguments, grad_output)
+    wanted = torch.autograd.grad(expected, arguments, grad_output.float())
     # Two roundings to half precision, of the arguments and of the result.
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1.25e-3
     assert_close("output", output, expected, tolerance)
