@@ -13,6 +13,8 @@ STOCK = {
     "plain": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
     "residual": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
 }
+# nnU-Net's planner gives these to the levels of a residual encoder, and the last number to all further ones.
+RESIDUAL_BLOCKS = (1, 3, 4, 6)
 
 
 def magic_architecture(
@@ -47,7 +49,7 @@ def magic_architecture(
     numbers = {
         "plain": {"n_conv_per_stage": [2] * levels, "n_conv_per_stage_decoder": [2] * (levels - 1)},
         "residual": {
-            "n_blocks_per_stage": [1, 3, 4, *[6] * levels][:levels],
+            "n_blocks_per_stage": [*RESIDUAL_BLOCKS, *RESIDUAL_BLOCKS[-1:] * levels][:levels],
             "n_conv_per_stage_decoder": [1] * (levels - 1),
         },
     }

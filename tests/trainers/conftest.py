@@ -14,7 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from phantoms import Scenario, narrow_baselines, prepare, threads_for_processes, unet_architecture, use, without_waiting
 
 from nnunet_deform import activation
-from nnunet_deform.plans import deformux
+from nnunet_deform.plans import deformux, magic
 
 MakeTrainer = Callable[..., nnUNetTrainer]
 
@@ -155,13 +155,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scenario], P
 def workplace(prepared: Callable[[Scenario], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Returns workplace(scenario): nnU-Net's folders with a prepared dataset and no results yet.
 
-    The trainers have their own names and widths that two cores can train: DeformUX-Net's are divided by six, and the
-    baselines are narrow.
+    The trainers have their own names and widths that two cores can train: DeformUX-Net's are divided by six, the
+    baselines are narrow, and MAGIC's residual encoder has few blocks.
     """
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
     monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
+    monkeypatch.setattr(magic, "RESIDUAL_BLOCKS", (1, 2))
     narrow_baselines(monkeypatch)
     threads_for_processes(monkeypatch)
     without_waiting(monkeypatch)

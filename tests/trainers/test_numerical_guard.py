@@ -135,7 +135,7 @@ def test_the_image_and_the_loss(started) -> None:
 def test_the_innermost_layer_is_named_and_buffers_stay() -> None:
     network = nn.Sequential()
     network.add_module("before", nn.Conv1d(1, 2, 1))
-    network.add_module("block", nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2)))
+    network.add_module("block", nn.Sequential(nn.LeakyReLU(), nn.BatchNorm1d(2)))
     network.block[0].register_forward_hook(lambda *args: PoisonedGradient.apply(args[-1]))
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with numerical_guard._unchanged(network), numerical_guard._Watch(network) as watch:
