@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from nnunet_deform import __version__, activation
 
 if TYPE_CHECKING:
+    from nnunet_deform.comparison.run import Comparison
     from nnunet_deform.plans.planners import Choice, NetworkPlanner
 
 app = typer.Typer(
@@ -383,6 +384,17 @@ def _comparison_errors() -> Iterator[None]:
         raise _fail("interrupted; the same command goes on where it stopped.") from None
 
 
+@contextlib.contextmanager
+def _opened_comparison(file: Path) -> Iterator["Comparison"]:
+    """The experiment, while signals end its commands too."""
+    with _comparison_errors():
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.run import Comparison
+
+        with Interrupts() as interrupts:
+            yield Comparison(file, Console(), interrupts)
+
+
 @compare.command("init")
 def compare_init(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="nnU-Net's number or name of the dataset.")],
@@ -407,16 +419,13 @@ def compare_init(
 @compare.command("run")
 def compare_run(file: _ExperimentFile) -> None:
     """Plan, preprocess, train, predict, score and report; goes on where an earlier run stopped."""
-    with _comparison_errors():
-        from nnunet_deform.commands import Interrupts
+    with _opened_comparison(file) as comparison:
         from nnunet_deform.comparison.report import build_report
-        from nnunet_deform.comparison.run import Comparison, declaration
+        from nnunet_deform.comparison.run import declaration
 
-        with Interrupts() as interrupts:
-            comparison = Comparison(file, Console(), interrupts)
-            with comparison.locked():
-                failures = comparison.run()
-            page = build_report(file, declaration(comparison.experiment))
+        with comparison.locked():
+            failures = comparison.run()
+        page = build_report(file, declaration(comparison.experiment))
     print(f"Report: {page}")
     if failures:
         raise _fail("\n".join(["the report is incomplete, because these failed:", *failures]))
@@ -425,11 +434,7 @@ def compare_run(file: _ExperimentFile) -> None:
 @compare.command("jobs")
 def compare_jobs(file: _ExperimentFile) -> None:
     """List the trainings, numbered, with how far each is: for a cluster's job array."""
-    with _comparison_errors():
-        from nnunet_deform.commands import Interrupts
-        from nnunet_deform.comparison.run import Comparison
-
-        comparison = Comparison(file, Console(), Interrupts())
+    with _opened_comparison(file) as comparison:
         for number, training in enumerate(comparison.trainings):
             print(f"{number}\t{'done' if comparison.is_done(training) else 'to do'}\t{training.key}")
 
@@ -437,14 +442,8 @@ def compare_jobs(file: _ExperimentFile) -> None:
 @compare.command("prepare")
 def compare_prepare(file: _ExperimentFile) -> None:
     """Only plan, preprocess and write the folds: the first job on a cluster."""
-    with _comparison_errors():
-        from nnunet_deform.commands import Interrupts
-        from nnunet_deform.comparison.run import Comparison
-
-        with Interrupts() as interrupts:
-            comparison = Comparison(file, Console(), interrupts)
-            with comparison.locked():
-                comparison.prepare()
+    with _opened_comparison(file) as comparison, comparison.locked():
+        comparison.prepare()
 
 
 @compare.command("train")
@@ -452,15 +451,10 @@ def compare_train(
     file: _ExperimentFile, job: Annotated[str, typer.Option("--job", help="Its number or name, of compare jobs.")]
 ) -> None:
     """Train, validate and score one training: one job on a cluster. A finished one is left alone."""
-    with _comparison_errors():
-        from nnunet_deform.commands import Interrupts
-        from nnunet_deform.comparison.run import Comparison
-
-        with Interrupts() as interrupts:
-            comparison = Comparison(file, Console(), interrupts)
-            training = comparison.find_training(job)
-            with comparison.locked(training.key):
-                comparison.train(training)
+    with _opened_comparison(file) as comparison:
+        training = comparison.find_training(job)
+        with comparison.locked(training.key):
+            comparison.train(training)
 
 
 _Arm = Annotated[
@@ -471,36 +465,24 @@ _Arm = Annotated[
 @compare.command("predict")
 def compare_predict(file: _ExperimentFile, arm: _Arm) -> None:
     """Predict and score the test set with an arm's folds: one job on a cluster."""
-    with _comparison_errors():
-        from nnunet_deform.commands import Interrupts
-        from nnunet_deform.comparison.run import Comparison
-
-        with Interrupts() as interrupts:
-            comparison = Comparison(file, Console(), interrupts)
-            comparison.predict_test(comparison.find_arm(arm))
+    with _opened_comparison(file) as comparison:
+        comparison.predict_test(comparison.find_arm(arm))
 
 
 @compare.command("cost")
 def compare_cost(file: _ExperimentFile, arm: _Arm) -> None:
     """Measure an arm's parameters, memory and times: one job on a cluster."""
-    with _comparison_errors():
-        from nnunet_deform.commands import Interrupts
-        from nnunet_deform.comparison.run import Comparison
-
-        with Interrupts() as interrupts:
-            comparison = Comparison(file, Console(), interrupts)
-            comparison.measure_cost(comparison.find_arm(arm))
+    with _opened_comparison(file) as comparison:
+        comparison.measure_cost(comparison.find_arm(arm))
 
 
 @compare.command("workflow")
 def compare_workflow(file: _ExperimentFile) -> None:
     """Write the experiment as a Snakemake workflow, for one machine or a SLURM cluster."""
-    with _comparison_errors():
-        from nnunet_deform.commands import Interrupts
-        from nnunet_deform.comparison.run import Comparison
+    with _opened_comparison(file) as comparison:
         from nnunet_deform.comparison.workflow import PROFILES, write_workflow
 
-        folder = write_workflow(Comparison(file, Console(), Interrupts()))
+        folder = write_workflow(comparison)
     print(f"Wrote {folder}. Look at its profiles, then run one of these where Snakemake is installed:")
     for name in PROFILES:
         print(f"  {shlex.join(['snakemake', '-s', str(folder / 'Snakefile'), '--profile', str(folder / name)])}")

@@ -63,23 +63,6 @@ from nnunet_deform.trainers.magic import (
     nnUNetTrainerMAGICResEnc,
 )
 
-# Networks of other libraries.
-BASELINES = (
-    "nnUNetTrainerDynUNet",
-    "nnUNetTrainerMedNeXt_B",
-    "nnUNetTrainerMedNeXt_L",
-    "nnUNetTrainerMedNeXt_M",
-    "nnUNetTrainerMedNeXt_S",
-    "nnUNetTrainerPrimus_B",
-    "nnUNetTrainerPrimus_L",
-    "nnUNetTrainerPrimus_M",
-    "nnUNetTrainerPrimus_S",
-    "nnUNetTrainerSegResNet",
-    "nnUNetTrainerSwinUNETR",
-    "nnUNetTrainerUNETR",
-    "nnUNetTrainerUNetPlusPlus",
-)
-
 __all__ = [
     "nnUNetTrainerDeformUX",
     "nnUNetTrainerDeformUX_convnext",
@@ -132,3 +115,6 @@ __all__ = [
     "nnUNetTrainerUNetPlusPlus",
     "nnUNetTrainerUXNet",
 ]
+
+# Networks of other libraries.
+BASELINES = tuple(name for name in __all__ if globals()[name].__module__ == "nnunet_deform.trainers.baselines")

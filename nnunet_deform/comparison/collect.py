@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_deform.comparison.experiment import Dataset, Experiment, Folders
+from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import fingerprint, read_json, write_json, write_table
 from nnunet_deform.comparison.metrics import METRICS, score_folder
-from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, patients_of
+from nnunet_deform.comparison.prepare import DatasetFolders, check_tolerances, find_dataset, patients_of
 from nnunet_deform.comparison.splits import check_splits, read_splits
 from nnunet_deform.comparison.trainings import Training, is_done, list_trainings, read_record
 
@@ -84,28 +84,14 @@ def tolerances(experiment: Experiment, training: Training, found: DatasetFolders
     """NSD's tolerance of each class in mm.
 
     Raises:
-        CollectionError: the experiment names classes that the dataset does not have, or leaves some out.
+        PreparationError: the experiment names classes that the dataset does not have, or leaves some out.
     """
-    dataset = _dataset_of(experiment, training, found)
+    dataset = experiment.dataset(training.dataset, training.configuration)
+    check_tolerances(dataset, found)
     stated = dataset.tolerance
     if stated is None:
         stated = min(read_json(found.plans_file(training.plans))["original_median_spacing_after_transp"])
-    if isinstance(stated, dict):
-        if set(stated) != set(found.labels):
-            raise CollectionError(
-                f"the tolerances of {found.name} are for {sorted(stated)}; it has the classes {sorted(found.labels)}."
-            )
-        return dict(stated)
-    return dict.fromkeys(found.labels, float(stated))
-
-
-def _dataset_of(experiment: Experiment, training: Training, found: DatasetFolders) -> Dataset:
-    number = int(found.name[len("Dataset") :][:3])
-    return next(
-        dataset
-        for dataset in experiment.datasets
-        if dataset.id in (number, found.name) and dataset.configuration == training.configuration
-    )
+    return dict(stated) if isinstance(stated, dict) else dict.fromkeys(found.labels, float(stated))
 
 
 def _read_scores(file: Path, summary: Path, tolerance: dict[str, float]) -> pd.DataFrame | None:
@@ -158,6 +144,7 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
 
     Raises:
         CollectionError: scores do not fit together; every fault is named.
+        PreparationError: a dataset is not found, or see :func:`tolerances`.
         SplitError: the folds or the patients do not fit, see there.
         TrainingError: trainings from other folds or plans.
     """

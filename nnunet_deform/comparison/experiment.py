@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 _TRAINER = re.compile(r"nnUNetTrainer\w*")
+_DATASET = re.compile(r"Dataset\d{3}_[^*?\[\]/\\]+")
 _LENGTH_OR_SEED = re.compile(r"_(\d+epochs|\d+iters|seed\d+|unmirrored)(?=_|$)")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*$")]
@@ -40,6 +41,17 @@ class Dataset(_Strict):
     splits: Annotated[int, Field(ge=2)] = 5
     tolerance: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     test: bool = False
+
+    @field_validator("id")
+    @classmethod
+    def _number_or_full_name(cls, identifier: int | str) -> int | str:
+        if isinstance(identifier, str) and identifier.isdigit():
+            return int(identifier)
+        if isinstance(identifier, str) and not _DATASET.fullmatch(identifier):
+            raise ValueError(
+                f"{identifier!r} is neither a dataset's number nor its full name, such as Dataset004_Hippocampus."
+            )
+        return identifier
 
 
 class Arm(_Strict):
@@ -193,6 +205,11 @@ class Experiment(_Strict):
             if fold not in self.folds:
                 raise ValueError(f"seeds.folds: fold {fold} is not among the folds {list(self.folds)}.")
         return self
+
+    def dataset(self, name: str, configuration: str) -> Dataset:
+        """By the full name of its folder."""
+        number = int(name[len("Dataset") :][:3])
+        return next(d for d in self.datasets if d.id in (number, name) and d.configuration == configuration)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

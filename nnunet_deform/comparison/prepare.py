@@ -99,6 +99,18 @@ def patients_of(dataset: Dataset, found: DatasetFolders, file: Path) -> dict[str
     return None if dataset.patients is None else load_patients(file.parent / dataset.patients, found.cases)
 
 
+def check_tolerances(dataset: Dataset, found: DatasetFolders) -> None:
+    """
+    Raises:
+        PreparationError: the experiment's tolerances are of other classes than the dataset's.
+    """
+    if isinstance(dataset.tolerance, dict) and set(dataset.tolerance) != set(found.labels):
+        raise PreparationError(
+            f"the tolerances of {found.name} are for {sorted(dataset.tolerance)}; it has the classes "
+            f"{sorted(found.labels)}."
+        )
+
+
 def prepare_dataset(
     experiment: Experiment, dataset: Dataset, folders: Folders, file: Path, run: RunCommand
 ) -> list[Split]:
@@ -116,11 +128,7 @@ def prepare_dataset(
     for part in ("imagesTs", "labelsTs") if dataset.test else ():
         if not (found.raw / part).is_dir():
             raise PreparationError(f"{found.raw / part} does not exist; set test: false for this dataset.")
-    if isinstance(dataset.tolerance, dict) and set(dataset.tolerance) != set(found.labels):
-        raise PreparationError(
-            f"the tolerances of {found.name} are for {sorted(dataset.tolerance)}; it has the classes "
-            f"{sorted(found.labels)}."
-        )
+    check_tolerances(dataset, found)
     processes = str(experiment.resources.processes)
     base_plans = list(dict.fromkeys(arm.plans for arm in experiment.arms))
     unknown = [name for name in base_plans if name not in PLANNERS and not found.plans_file(name).exists()]

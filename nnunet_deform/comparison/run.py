@@ -68,8 +68,8 @@ class Comparison:
         self.experiment: Experiment = load_experiment(file)
         self.folders: Folders = find_folders(self.experiment, file)
         self.trainings = list_trainings(self.experiment, self.folders)
-        self._listed = [(dataset, find_dataset(dataset, self.folders)) for dataset in self.experiment.datasets]
-        self.datasets: dict[str, DatasetFolders] = {found.name: found for _, found in self._listed}
+        listed = (find_dataset(dataset, self.folders) for dataset in self.experiment.datasets)
+        self.datasets: dict[str, DatasetFolders] = {found.name: found for found in listed}
         self._console = console
         self._interrupts = interrupts
         self._locks: tuple[int, ...] = ()
@@ -152,13 +152,13 @@ class Comparison:
         """
         self.folders.output.mkdir(parents=True, exist_ok=True)
         self._declare()
-        logs = self.folders.output / "logs"
-        for dataset, found in self._listed:
+        for dataset in self.experiment.datasets:
+            logs = self.folders.output / "logs" / find_dataset(dataset, self.folders).name
 
-            def run(argv: list[str], name: str = found.name) -> None:
+            def run(argv: list[str], logs: Path = logs) -> None:
                 words = "_".join(part for part in argv if not part.startswith("-"))
                 # Planning crashes where nnU-Net is told to use no worker.
-                self._command(argv, logs / name / f"{words}.log", nnUNet_n_proc_DA="1")
+                self._command(argv, logs / f"{words}.log", nnUNet_n_proc_DA="1")
 
             prepare_dataset(self.experiment, dataset, self.folders, self.file, run)
         # A sign for schedulers, newer than the experiment file.
@@ -247,8 +247,7 @@ class Comparison:
 
     def has_test_set(self, training: Training) -> bool:
         """Whether the experiment asks for the test set of the training's dataset."""
-        data = (training.dataset, training.configuration)
-        return any(dataset.test and (found.name, dataset.configuration) == data for dataset, found in self._listed)
+        return self.experiment.dataset(training.dataset, training.configuration).test
 
     def predict_test(self, arm: list[Training]) -> None:
         """Predict and score imagesTs with the ensemble of an arm's folds.

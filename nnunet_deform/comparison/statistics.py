@@ -233,8 +233,8 @@ def seed_noise(means: np.ndarray) -> SeedNoise:
 class Contrast:
     """One arm against another on one metric; differences are first minus second, in the metric's own unit.
 
-    ``equivalence`` is an interval, too: at level 1 - 2 alpha / family, so that lying inside the
-    band is a two one-sided test at alpha over the whole family.
+    interval: at 95 %; equivalence: at level 1 - 2 alpha / family, which lies inside the band exactly where two
+    one-sided tests at alpha over the whole family reject.
     """
 
     first: str

@@ -100,6 +100,9 @@ def test_repeats_of_all_arms_on_all_folds(load):
         ("device: cpu", "device: cpu\ndevice: cuda", 22, "'device' is set twice"),
         ("device: cpu", "device: [cpu", 22, "expected ',' or ']'"),
         ("  - id: 501\n", "  - id: 501\n  - id: 501\n", 2, "datasets: a dataset is listed twice"),
+        ("  - id: 501\n", "  - id: 501\n  - id: '0501'\n", 2, "datasets: a dataset is listed twice"),
+        ("id: 501", "id: Hippocampus", 3, "id: 'Hippocampus' is neither a dataset's number nor its full name"),
+        ("id: 501", "id: Dataset501_*", 3, "id: 'Dataset501_*' is neither a dataset's number nor its full name"),
     ],
 )
 def test_faults_have_their_line(load, tmp_path, old, new, line, words):
@@ -111,7 +114,7 @@ def test_faults_have_their_line(load, tmp_path, old, new, line, words):
     assert words in message
 
 
-@pytest.mark.parametrize(("written", "read"), [("027", 27), ("004", 4), ("010", 10), ("1_000", 1000), ("'027'", "027")])
+@pytest.mark.parametrize(("written", "read"), [("027", 27), ("004", 4), ("010", 10), ("1_000", 1000), ("'027'", 27)])
 def test_numbers_with_leading_zeros_are_decimal(load, written, read):
     assert load(GOOD.replace("id: 501", f"id: {written}")).datasets[0].id == read
 

@@ -235,7 +235,7 @@ def _commands(
     for training in records:
         key = (training.dataset, training.configuration, training.arm, training.seed)
         if key in tested and training.fold == experiment.folds[0]:
-            dataset = find_dataset_by_name(experiment, training.dataset, folders)
+            dataset = find_dataset(experiment.dataset(training.dataset, training.configuration), folders)
             found += [shlex.join(command) for command in test_commands(experiment, training, dataset, folders)]
     return found
 
@@ -322,11 +322,7 @@ def _not_tested_or_measured(
 ) -> list[str]:
     """Complete arms whose test predictions or cost are missing."""
     of_arm = _first_trainings(experiment, dataset, records)
-    asked = any(
-        listed.test and listed.configuration == dataset.configuration
-        for listed in experiment.datasets
-        if find_dataset(listed, folders).name == dataset.dataset
-    )
+    asked = experiment.dataset(dataset.dataset, dataset.configuration).test
     mine = (collected.test["dataset"] == dataset.dataset) & (collected.test["configuration"] == dataset.configuration)
     tested = collected.test[mine].groupby("arm")["case"].agg(frozenset)
     found = []
@@ -449,7 +445,7 @@ def _overlays(
     experiment: Experiment,
 ) -> list[dict[str, Any]]:
     """The worst and the median case by the arms' mean score, one slice of each arm's prediction."""
-    found = find_dataset_by_name(experiment, dataset.dataset, folders)
+    found = find_dataset(experiment.dataset(dataset.dataset, dataset.configuration), folders)
     scored = np.flatnonzero(~np.isnan(primary.scores).all(axis=0))
     if not scored.size:
         return []
@@ -477,11 +473,6 @@ def _overlays(
             )
         rows.append({"title": title, "case": case, "pictures": pictures})
     return rows
-
-
-def find_dataset_by_name(experiment: Experiment, name: str, folders: Folders) -> DatasetFolders:
-    candidates = (find_dataset(listed, folders) for listed in experiment.datasets)
-    return next(found for found in candidates if found.name == name)
 
 
 def _picture(found: DatasetFolders, training: Training, case: str, predictions: Path) -> str | None:
