@@ -183,7 +183,8 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         if of_test is not None and is_predicted(experiment, training, folders):
             # Which cases these are nnU-Net has checked.
             faults += check_scores(of_test, list(of_test["case"]), tuple(found.labels), f"{training}, test set")
-            test.append(_described(of_test, training, -1).assign(patient=of_test["case"]))
+            of_cases = of_test["case"].map(patients).fillna(of_test["case"])  # not all mappings name test cases
+            test.append(_described(of_test, training, -1).assign(patient=of_cases))
     if faults:
         raise CollectionError("\n".join(faults))
     empty = pd.DataFrame(columns=list(COLUMNS))

@@ -41,6 +41,7 @@ class DatasetFolders:
     ignore_label: int | None
     file_ending: str
     cases: tuple[str, ...]
+    test_cases: tuple[str, ...]
 
     @property
     def splits_file(self) -> Path:
@@ -66,7 +67,10 @@ def find_dataset(dataset: Dataset, folders: Folders) -> DatasetFolders:
         raise PreparationError(f"{raw} has no dataset.json, so it is no dataset of nnU-Net.")
     description = read_json(raw / "dataset.json")
     ending = description["file_ending"]
-    cases = sorted(path.name.removesuffix(ending) for path in (raw / "labelsTr").glob(f"*{ending}"))
+    cases, test_cases = (
+        tuple(sorted(path.name.removesuffix(ending) for path in (raw / part).glob(f"*{ending}")))
+        for part in ("labelsTr", "labelsTs")
+    )
     if not cases:
         raise PreparationError(f"{raw / 'labelsTr'} has no *{ending} file.")
     labels = {
@@ -81,7 +85,8 @@ def find_dataset(dataset: Dataset, folders: Folders) -> DatasetFolders:
         labels=labels,
         ignore_label=description["labels"].get("ignore"),
         file_ending=ending,
-        cases=tuple(cases),
+        cases=cases,
+        test_cases=test_cases,
     )
 
 
@@ -96,7 +101,9 @@ def patients_of(dataset: Dataset, found: DatasetFolders, file: Path) -> dict[str
     Raises:
         SplitError: the mapping does not fit.
     """
-    return None if dataset.patients is None else load_patients(file.parent / dataset.patients, found.cases)
+    if dataset.patients is None:
+        return None
+    return load_patients(file.parent / dataset.patients, found.cases, found.test_cases if dataset.test else ())
 
 
 def check_tolerances(dataset: Dataset, found: DatasetFolders) -> None:

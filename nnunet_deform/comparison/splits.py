@@ -18,11 +18,16 @@ class SplitError(ValueError):
     """The folds cannot be made or used."""
 
 
-def load_patients(file: Path, cases: Sequence[str]) -> dict[str, str]:
+def load_patients(file: Path, cases: Sequence[str], test_cases: Sequence[str] = ()) -> dict[str, str]:
     """The patient of each case, from JSON (``{"case": "patient"}``) or CSV (columns case and patient).
 
+    Args:
+        cases: those to train on; the file must name them all.
+        test_cases: the file names all of them or none.
+
     Raises:
-        SplitError: the file cannot be read, names a case twice, or leaves cases out.
+        SplitError: the file cannot be read, names a case twice, leaves cases out, or has a patient among the cases and
+            among the test cases.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")  # Excel begins its CSV files with a mark
@@ -34,10 +39,18 @@ def load_patients(file: Path, cases: Sequence[str]) -> dict[str, str]:
         if case in patients:
             raise SplitError(f"{file} names the case {case!r} twice.")
         patients[case] = patient
-    missing = [case for case in cases if not patients.get(case)]
+    wanted = [*cases, *(test_cases if set(test_cases) & set(patients) else ())]
+    missing = [case for case in wanted if not patients.get(case)]
     if missing:
         raise SplitError(f"{file} gives no patient for {_some(missing)}.")
-    return {case: patients[case] for case in cases}
+    found = {case: patients[case] for case in wanted}
+    shared = [case for case in test_cases if found.get(case) in {found[case] for case in cases}]
+    if shared:
+        raise SplitError(
+            f"{file} has the patients of the test cases {_some(shared)} among the training cases, too; take those out "
+            "of one of the two, or set test: false."
+        )
+    return found
 
 
 def _rows_of_json(file: Path, text: str) -> list[tuple[str, str]]:

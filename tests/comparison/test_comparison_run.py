@@ -156,7 +156,8 @@ def test_the_report_says_what_was_found_and_where_from(finished):
     assert f"torch {record.versions['torch']}" in page
     for arm, *_ in ARMS:
         assert f"<tr><td>{arm}</td>" + "".join(f"<td>{n}</td>" for n in ("0.001", "1.00", "0.10", "0.5", "2")) in page
-        assert f"<tr><td>{arm}</td><td>2</td>" in page.partition("<h3>Test set</h3>")[2]  # it has two cases
+        # it has two cases, whose patients are not known
+        assert f"<tr><td>{arm}</td><td>2</td><td>2</td>" in page.partition("<h3>Test set</h3>")[2]
     folder = trial.output / "report"
     assert {path.name for path in folder.iterdir()} == {
         *("report.html", "cases.parquet", "cases.csv", "arms.csv", "contrasts.csv", "hypotheses.csv"),
@@ -449,6 +450,22 @@ def test_preprocessing_that_leaves_cases_out_is_refused(trial, monkeypatch):
     with pytest.raises(PreparationError, match=r"nnUNetv2_preprocess has left cases out of .*nnUNetPlans_3d_fullres"):
         trial.run()
     assert trial.trained() == []
+
+
+def test_intervals_of_the_test_set_count_patients(finished):
+    patients = finished.folder / "patients.csv"
+    known = patients.read_text()
+    patients.write_text(f"{known}\nts_00,p9\nts_01,p9\n")
+    table = finished.table()
+    assert set(table[table["set"] == "test"]["patient"]) == {"p9"}
+    page = finished.report()
+    # one patient gives no interval
+    rows = re.findall(r"<tr><td>\w+</td><td>2</td><td>1</td><td>0\.\d+ \[(.*?), (.*?)\]</td>", page)
+    assert rows == [("-", "-")] * 3
+    patients.write_text(f"{known}\nts_00,p9\nts_01,p0\n")
+    with pytest.raises(SplitError, match="patients of the test cases 'ts_01' among the training cases"):
+        finished.run()
+    assert finished.calls() == []
 
 
 def test_a_test_set_without_labels_is_refused(trial):

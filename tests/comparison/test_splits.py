@@ -101,6 +101,19 @@ def test_patients_that_do_not_fit(tmp_path):
         load_patients(file, ["a", "b"])
 
 
+def test_patients_of_test_cases(tmp_path):
+    file = tmp_path / "patients.csv"
+    file.write_text("case,patient\na,1\nb,2\n")
+    assert load_patients(file, ["a"]) == {"a": "1"}
+    assert load_patients(file, ["a"], ["b"]) == {"a": "1", "b": "2"}
+    assert load_patients(file, ["a", "b"], ["c"]) == {"a": "1", "b": "2"}
+    with pytest.raises(SplitError, match="gives no patient for 'c'"):
+        load_patients(file, ["a"], ["b", "c"])
+    file.write_text("case,patient\na,1\nb,2\nc,1\n")
+    with pytest.raises(SplitError, match="has the patients of the test cases 'c' among the training cases, too"):
+        load_patients(file, ["a"], ["b", "c"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

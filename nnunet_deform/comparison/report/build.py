@@ -420,20 +420,21 @@ def _cost_cells(cost: Cost) -> list[str]:
 
 def _test_rows(
     experiment: Experiment, dataset: DatasetAnalysis, test: pd.DataFrame
-) -> list[tuple[str, int, list[str]]]:
-    """Arm, number of cases, and each metric's mean with its interval."""
+) -> list[tuple[str, int, int, list[str]]]:
+    """Arm, numbers of cases and of patients, and each metric's mean with its interval."""
     table = test[(test["dataset"] == dataset.dataset) & (test["configuration"] == dataset.configuration)]
     rows = []
     for arm in dict.fromkeys(table["arm"]):
-        of_cases = table[table["arm"] == arm].groupby("case")[list(METRICS)].mean()
-        sums, counts = patient_sums(of_cases.to_numpy(dtype=float), list(of_cases.index))
+        of_cases = table[table["arm"] == arm].groupby(["case", "patient"])[list(METRICS)].mean()
+        patients = list(of_cases.index.get_level_values("patient"))
+        sums, counts = patient_sums(of_cases.to_numpy(dtype=float), patients)
         rng = np.random.default_rng(experiment.statistics.seed)
         low, high = bca_interval(sums, counts, bootstrap_means(sums, counts, experiment.statistics.draws, rng))
         cells = []
         for position, (name, metric) in enumerate(METRICS.items()):
             number = _number(metric)
             cells.append(f"{number(of_cases[name].mean())} [{number(low[position])}, {number(high[position])}]")
-        rows.append((arm, len(of_cases), cells))
+        rows.append((arm, len(of_cases), len(set(patients)), cells))
     return rows
 
 
