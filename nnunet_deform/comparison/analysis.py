@@ -90,6 +90,10 @@ class DatasetAnalysis:
     seeds: dict[str, int]
     metrics: dict[str, MetricAnalysis]
 
+    @property
+    def title(self) -> str:
+        return f"{self.dataset} ({self.configuration})"
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -101,6 +105,10 @@ class Hypothesis:
     second: str
     contrast: Contrast | None
     verdict: Verdict
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset} ({self.configuration})"
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,11 @@ class Analysis:
                 return "The arms of the declared hypothesis are not distinguishable with this evidence."
             return f"In none of the {total} declared comparisons are the arms distinguishable with this evidence."
         parts = [
-            f"{h.verdict.winner} is better than {h.second if h.verdict.winner == h.first else h.first} on {h.dataset}"
+            f"{h.verdict.winner} is better than {h.second if h.verdict.winner == h.first else h.first} on {h.title}"
             for h in winners
         ]
         parts += [
-            f"{h.first} and {h.second} are equivalent on {h.dataset}"
+            f"{h.first} and {h.second} are equivalent on {h.title}"
             for h in self.hypotheses
             if h.verdict.kind == "equivalent"
         ]

@@ -33,7 +33,9 @@ def test_a_known_effect_is_found(with_effect):
         low, high = hypothesis.contrast.interval
         assert low < 0.03 < high
         assert hypothesis.contrast.p_holm < 0.001
-    assert with_effect.summary == (f"New is better than Old on {DATASET}; New is better than Third on {DATASET}.")
+    assert with_effect.summary == (
+        f"New is better than Old on {DATASET} (3d_fullres); New is better than Third on {DATASET} (3d_fullres)."
+    )
 
 
 def test_every_direction_is_right(with_effect):

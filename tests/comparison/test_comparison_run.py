@@ -215,8 +215,8 @@ def test_test_sets_and_costs_that_are_missing_are_told(finished):
     shutil.rmtree(finished.output / "test" / f"{NAME}-3d_fullres" / "ResEnc")
     (finished.output / "costs" / f"{NAME}-3d_fullres" / "stock.json").unlink()
     page = finished.report()
-    assert f"{NAME}: ResEnc has no test scores" in page
-    assert f"{NAME}: stock has no cost" in page
+    assert f"{NAME} (3d_fullres): ResEnc has no test scores" in page
+    assert f"{NAME} (3d_fullres): stock has no cost" in page
 
 
 def test_test_scores_of_different_cases_are_told(finished):
@@ -232,7 +232,7 @@ def test_an_arm_that_finds_nothing_is_told(finished):
         table = pd.read_parquet(file)
         table.assign(Dice=table["Dice"].where(table["label"] != "back", 0.0)).to_parquet(file, index=False)
     page = finished.report()
-    assert f"{NAME}: ResEnc finds back in no case (Dice 0 everywhere)" in page
+    assert f"{NAME} (3d_fullres): ResEnc finds back in no case (Dice 0 everywhere)" in page
     assert page.count("in no case") == 1
 
 

@@ -75,7 +75,8 @@ def write_tables(folder: Path, analysis: Analysis, collected: Collected) -> None
     hypotheses.to_csv(folder / "hypotheses.csv", index=False)
     _write_latex(folder / "arms.tex", _latex_arms(analysis))
     cells = pd.DataFrame([_hypothesis_cells(hypothesis) for hypothesis in analysis.hypotheses])
-    _write_latex(folder / "hypotheses.tex", pd.concat([hypotheses[["dataset", "first", "second"]], cells], axis=1))
+    names = hypotheses[["dataset", "configuration", "first", "second"]]
+    _write_latex(folder / "hypotheses.tex", pd.concat([names, cells], axis=1))
 
 
 def _write_latex(file: Path, table: pd.DataFrame) -> None:
@@ -174,11 +175,11 @@ def _latex_arms(analysis: Analysis) -> pd.DataFrame:
     rows = []
     for dataset in analysis.datasets:
         for position, arm in enumerate(dataset.arms):
-            row = {"dataset": dataset.dataset, "arm": arm}
+            row = {"dataset": dataset.dataset, "configuration": dataset.configuration, "arm": arm}
             for name, metric in dataset.metrics.items():
                 row[name] = _with_interval(metric, position)
             rows.append(row)
-    return pd.DataFrame(rows, columns=["dataset", "arm", *METRICS])
+    return pd.DataFrame(rows, columns=["dataset", "configuration", "arm", *METRICS])
 
 
 def _with_interval(metric: MetricAnalysis, position: int) -> str:
@@ -275,10 +276,10 @@ def _cautions(
         found.append(f"No scores of {training}: {why}.")
     for dataset in analysis.datasets:
         for arm, why in dataset.incomplete.items():
-            found.append(f"{arm} is left out of all statistics on {dataset.dataset}: {why}.")
+            found.append(f"{arm} is left out of all statistics on {dataset.title}: {why}.")
         if few := few_seeds(dataset):
             found.append(
-                f"{dataset.dataset}: {', '.join(few)} {'has' if len(few) == 1 else 'have'} fewer than {REQUIRED_SEEDS} "
+                f"{dataset.title}: {', '.join(few)} {'has' if len(few) == 1 else 'have'} fewer than {REQUIRED_SEEDS} "
                 "seeds, so nothing is decided about them: how much their trainings differ by chance is not known."
             )
         found += _failed_trainings(experiment, dataset, collected.cases)
@@ -287,7 +288,7 @@ def _cautions(
             noise = dataset.metrics[experiment.primary].noise
             if not math.isnan(noise.ratio) and noise.ratio < 1:
                 found.append(
-                    f"{dataset.dataset} cannot tell these methods apart: their SD is {noise.inter:.4f}, that of one "
+                    f"{dataset.title} cannot tell these methods apart: their SD is {noise.inter:.4f}, that of one "
                     f"method's seeds {noise.intra:.4f}."
                 )
     found.append(
@@ -306,7 +307,7 @@ def _failed_trainings(experiment: Experiment, dataset: DatasetAnalysis, cases: p
     for arm in dataset.arms:
         if never := [label for label in dataset.labels if best.get((arm, label)) == 0]:
             found.append(
-                f"{dataset.dataset}: {arm} finds {', '.join(never)} in no case (Dice 0 everywhere), so its training "
+                f"{dataset.title}: {arm} finds {', '.join(never)} in no case (Dice 0 everywhere), so its training "
                 "failed or was too short. Differences from it, and the spread between methods, say nothing about "
                 "networks."
             )
@@ -334,9 +335,9 @@ def _not_tested_or_measured(
     }
     for what, arms in lacking.items():
         if arms:
-            found.append(f"{dataset.dataset}: {', '.join(arms)} {'has' if len(arms) == 1 else 'have'} no {what}.")
+            found.append(f"{dataset.title}: {', '.join(arms)} {'has' if len(arms) == 1 else 'have'} no {what}.")
     if tested.nunique() > 1:
-        found.append(f"{dataset.dataset}: the arms' test scores are of different cases, so they cannot be compared.")
+        found.append(f"{dataset.title}: the arms' test scores are of different cases, so they cannot be compared.")
     return found
 
 
@@ -365,7 +366,7 @@ def _dataset_section(
     costs = {arm: cost for arm, training in of_arm.items() if (cost := read_cost(training, folders)) is not None}
     section: dict[str, Any] = {
         "analysis": dataset,
-        "title": f"{dataset.dataset}, {dataset.configuration}",
+        "title": dataset.title,
         "metrics": [],
         "costs": [(arm.name, _cost_cells(costs[arm.name])) for arm in experiment.arms if arm.name in costs],
         "test": _test_rows(experiment, dataset, collected.test),
