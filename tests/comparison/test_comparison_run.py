@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
@@ -260,6 +261,9 @@ def test_the_commands_of_the_test_set_are_told(finished):
             f"-c 3d_fullres -tr {trainer}{SUFFIX} -p {plans} -f 0 1 2 -device cpu -npp 1 -nps 1 --disable_tta" in page
         )
     assert page.count("nnUNetv2_evaluate_folder") == 3
+    found = f'nnUNetv2_evaluate_folder "$nnUNet_raw"/{NAME}/labelsTs "$output"/test/{NAME}-3d_fullres/stock -np 1'
+    assert found in html.unescape(page)
+    assert str(finished.folder) not in page
     assert "nnUNet_n_proc_DA=0" in page
 
 

@@ -237,8 +237,17 @@ def _commands(
         key = (training.dataset, training.configuration, training.arm, training.seed)
         if key in tested and training.fold == experiment.folds[0]:
             dataset = find_dataset(experiment.dataset(training.dataset, training.configuration), folders)
-            found += [shlex.join(command) for command in test_commands(experiment, training, dataset, folders)]
+            commands = test_commands(experiment, training, dataset, folders)
+            found += [" ".join(_portable(argument, folders) for argument in command) for command in commands]
     return found
+
+
+def _portable(argument: str, folders: Folders) -> str:
+    """Quoted for a shell, without what only this machine has in its paths."""
+    for name, folder in (("output", folders.output), ("nnUNet_raw", folders.raw)):
+        if Path(argument).is_relative_to(folder):
+            return f'"${name}"/{shlex.quote(Path(argument).relative_to(folder).as_posix())}'
+    return shlex.quote(argument)
 
 
 def _declared_when(folders: Folders, records: Iterable[Record | None], declaration: Mapping[str, Any]) -> str:
