@@ -78,7 +78,8 @@ class MetricAnalysis:
 @dataclass(frozen=True)
 class DatasetAnalysis:
     """arms: complete ones, in the experiment's order; incomplete: why the others are left out of all statistics;
-    cases, patients: of the columns of every ``scores``; seeds: how many each complete arm has, at most, on a fold."""
+    cases, patients: of the columns of every ``scores``; seeds: how many each complete arm has, at most, on a fold;
+    failed: mean Dice of the classes that an arm hardly learned, at most a tenth of the best arm's."""
 
     dataset: str
     configuration: str
@@ -88,6 +89,7 @@ class DatasetAnalysis:
     patients: tuple[str, ...]
     labels: tuple[str, ...]
     seeds: dict[str, int]
+    failed: dict[str, dict[str, float]]
     metrics: dict[str, MetricAnalysis]
 
     @property
@@ -124,8 +126,10 @@ class Analysis:
         winners = [h for h in self.hypotheses if h.verdict.kind == "better"]
         if not winners and "equivalent" not in kinds:
             if total == 1:
-                return "The arms of the declared hypothesis are not distinguishable with this evidence."
-            return f"In none of the {total} declared comparisons are the arms distinguishable with this evidence."
+                none = "The arms of the declared hypothesis are not distinguishable with this evidence."
+            else:
+                none = f"In none of the {total} declared comparisons are the arms distinguishable with this evidence."
+            return none + self._failures
         parts = [
             f"{h.verdict.winner} is better than {h.second if h.verdict.winner == h.first else h.first} on {h.title}"
             for h in winners
@@ -138,7 +142,12 @@ class Analysis:
         rest = kinds.count("not distinguishable")
         if rest:
             parts.append(f"the arms of {rest} of {total} comparisons are not distinguishable")
-        return "; ".join(parts) + "."
+        return "; ".join(parts) + "." + self._failures
+
+    @property
+    def _failures(self) -> str:
+        arms = dict.fromkeys(arm for dataset in self.datasets for arm in dataset.failed)
+        return f" {', '.join(arms)} hardly learned to segment, which says nothing about networks." if arms else ""
 
 
 def analyse(experiment: Experiment, cases: pd.DataFrame, missing: dict[tuple[str, str, str], str]) -> Analysis:
@@ -214,6 +223,7 @@ def _analyse_dataset(
         patients=tuple(by_case["patient"]),
         labels=labels,
         seeds={arm: int(seeds[arm].max()) for arm in arms},
+        failed=_failed(first, arms, labels),
         metrics={},
     )
     if not arms:
@@ -222,6 +232,13 @@ def _analyse_dataset(
         name: _analyse_metric(experiment, metric, first, table, analysis, family) for name, metric in METRICS.items()
     }
     return replace(analysis, metrics=metrics)
+
+
+def _failed(first: pd.DataFrame, arms: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    means = first.groupby(["arm", "label"])["Dice"].mean()
+    limits = means.groupby("label").max() / 10
+    failed = {arm: {x: float(means[arm, x]) for x in labels if means[arm, x] <= limits[x]} for arm in arms}
+    return {arm: classes for arm, classes in failed.items() if classes}
 
 
 def _analyse_metric(
@@ -327,15 +344,20 @@ def _analyse_metric(
 def _seed_noise(
     experiment: Experiment, metric: Metric, table: pd.DataFrame, analysis: DatasetAnalysis
 ) -> tuple[SeedNoise, pd.DataFrame]:
-    """The noise, and the mean score of each training, columns arm, fold, seed and the metric."""
+    """The noise, and the mean score of each training, columns arm, fold, seed and the metric.
+
+    Arms that hardly learned are not in the noise: their distance to the others would pass for that of methods.
+    """
     scored = table.groupby(["case", "label"])[metric.name].transform("count") > 0
     values = table[metric.name].mask(table[metric.name].isna() & scored, metric.perfect)
     of_cases = values.groupby([table[key] for key in ("arm", "fold", "seed", "case")]).mean()
     means = of_cases.groupby(["arm", "fold", "seed"]).mean()
     seeds = [experiment.seeds.first, *experiment.seeds.repeats]
-    cube = np.full((len(experiment.folds), len(analysis.arms), len(seeds)), np.nan)
+    learned = [arm for arm in analysis.arms if arm not in analysis.failed]
+    cube = np.full((len(experiment.folds), len(learned), len(seeds)), np.nan)
     for (arm, fold, seed), value in means.items():
-        cube[experiment.folds.index(fold), analysis.arms.index(arm), seeds.index(seed)] = value
+        if arm in learned:
+            cube[experiment.folds.index(fold), learned.index(arm), seeds.index(seed)] = value
     return seed_noise(cube), means.reset_index()
 
 

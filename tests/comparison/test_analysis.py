@@ -52,6 +52,22 @@ def test_every_direction_is_right(with_effect):
     assert turned.p == contrast.p
 
 
+def test_an_arm_that_hardly_learned_is_no_spread_of_methods(experiment):
+    table = make_scores(experiment, {"New": 0.005}, seed_sd=0.01)
+    hardly = (table["arm"] == "Third") & (table["label"] == "back")
+    without = {(DATASET, CONFIGURATION, "Third"): "not trained"}
+    (before,) = analyse(experiment, table[table["arm"] != "Third"], without).datasets
+    analysis = analyse(experiment, table.assign(Dice=table["Dice"].mask(hardly, table["Dice"] / 12)), {})
+    (after,) = analysis.datasets
+    assert after.failed == {"Third": {"back": pytest.approx(0.8 / 12, abs=0.005)}}
+    assert before.failed == {}
+    assert after.metrics["Dice"].noise == before.metrics["Dice"].noise
+    assert analysis.summary.endswith(". Third hardly learned to segment, which says nothing about networks.")
+    just_enough = analyse(experiment, table.assign(Dice=table["Dice"].mask(hardly, table["Dice"] / 8)), {})
+    assert just_enough.datasets[0].failed == {}
+    assert just_enough.datasets[0].metrics["Dice"].noise.inter > 10 * before.metrics["Dice"].noise.inter
+
+
 def test_figures_are_what_plain_code_gives(experiment):
     table = make_scores(experiment, {"New": 0.01}, seed=3)
     (dataset,) = analyse(experiment, table, {}).datasets

@@ -227,14 +227,20 @@ def test_test_scores_of_different_cases_are_told(finished):
     assert "test scores are of different cases, so they cannot be compared" in finished.report()
 
 
-def test_an_arm_that_finds_nothing_is_told(finished):
+def test_an_arm_that_hardly_learned_is_told(finished):
     for fold in range(3):
         file = finished.output / "scores" / f"{NAME}-3d_fullres" / f"ResEnc_seed1_fold{fold}.parquet"
         table = pd.read_parquet(file)
-        table.assign(Dice=table["Dice"].where(table["label"] != "back", 0.0)).to_parquet(file, index=False)
+        table.assign(Dice=table["Dice"].where(table["label"] != "back", 0.05)).to_parquet(file, index=False)
     page = finished.report()
-    assert f"{NAME} (3d_fullres): ResEnc finds back in no case (Dice 0 everywhere)" in page
-    assert page.count("in no case") == 1
+    assert f"{NAME} (3d_fullres): ResEnc reaches a mean Dice of 0.0500 (back), at most a tenth of the best" in page
+    assert page.count("reaches a mean Dice") == 1
+    assert "degrees of freedom; without ResEnc)" in page
+    assert "ResEnc hardly learned to segment" in page.partition("Read this first")[0]
+
+
+def test_a_short_budget_is_told(finished):
+    assert "Trainings were of 3 epochs of 5 iterations, 6e-05 of nnU-Net" in finished.report()
 
 
 def test_predictions_that_were_deleted_are_told(finished):

@@ -27,6 +27,8 @@ from nnunet_deform.comparison.report import figures
 from nnunet_deform.comparison.statistics import REQUIRED_SEEDS, Contrast, bca_interval, bootstrap_means, patient_sums
 from nnunet_deform.comparison.trainings import Record, Training, list_trainings, now, read_record
 
+_NNUNETS_EPOCHS, _NNUNETS_ITERATIONS = 1000, 250
+
 
 def build_report(file: Path, declaration: Mapping[str, Any]) -> Path:
     """Collect what the experiment has so far, and write ``report/`` into its output folder.
@@ -281,6 +283,15 @@ def _cautions(
 ) -> list[str]:
     """What a reader must know before the figures."""
     found = [_declared_when(folders, records.values(), declaration)]
+    epochs = experiment.budget.epochs or _NNUNETS_EPOCHS
+    iterations = experiment.budget.iterations or _NNUNETS_ITERATIONS
+    share = epochs * iterations / (_NNUNETS_EPOCHS * _NNUNETS_ITERATIONS)
+    if share < 1:
+        found.append(
+            f"Trainings were of {epochs} epochs of {iterations} iterations, {share:.2g} of nnU-Net's own "
+            f"{_NNUNETS_EPOCHS} of {_NNUNETS_ITERATIONS}. What is found holds for this budget: an arm that learns "
+            "slowly at first may be better in the end."
+        )
     for training, why in collected.missing.items():
         found.append(f"No scores of {training}: {why}.")
     for dataset in analysis.datasets:
@@ -291,7 +302,7 @@ def _cautions(
                 f"{dataset.title}: {', '.join(few)} {'has' if len(few) == 1 else 'have'} fewer than {REQUIRED_SEEDS} "
                 "seeds, so nothing is decided about them: how much their trainings differ by chance is not known."
             )
-        found += _failed_trainings(experiment, dataset, collected.cases)
+        found += _failed_trainings(dataset)
         found += _not_tested_or_measured(experiment, dataset, collected, records, folders)
         if dataset.metrics:
             noise = dataset.metrics[experiment.primary].noise
@@ -307,19 +318,16 @@ def _cautions(
     return found
 
 
-def _failed_trainings(experiment: Experiment, dataset: DatasetAnalysis, cases: pd.DataFrame) -> list[str]:
-    """Arms that never found a class: figures of theirs are no figures of a method."""
-    mine = (cases["dataset"] == dataset.dataset) & (cases["configuration"] == dataset.configuration)
-    present = cases[mine & (cases["seed"] == experiment.seeds.first) & (cases["voxels_truth"] > 0)]
-    best = present.groupby(["arm", "label"])["Dice"].max()
+def _failed_trainings(dataset: DatasetAnalysis) -> list[str]:
+    """Arms that hardly learned a class: figures of theirs are no figures of a method."""
     found = []
-    for arm in dataset.arms:
-        if never := [label for label in dataset.labels if best.get((arm, label)) == 0]:
-            found.append(
-                f"{dataset.title}: {arm} finds {', '.join(never)} in no case (Dice 0 everywhere), so its training "
-                "failed or was too short. Differences from it, and the spread between methods, say nothing about "
-                "networks."
-            )
+    for arm, classes in dataset.failed.items():
+        reached = ", ".join(f"{dice:.4f} ({label})" for label, dice in classes.items())
+        found.append(
+            f"{dataset.title}: {arm} reaches a mean Dice of {reached}, at most a tenth of the best arm's, so its "
+            "training failed or was too short. Differences from it say nothing about networks; the spread between "
+            "methods and between seeds below is that of the other arms."
+        )
     return found
 
 
