@@ -9,8 +9,8 @@ again when it predicts. The suffixes mean:
 - ``_{N}epochs``: N epochs, a checkpoint every max(1, min(50, N // 4)), warm-up and annealing at most N / 10 epochs;
   ``{M}iters``: M iterations in an epoch and max(1, M // 5) validation iterations.
 - ``_seed{S}``: python, numpy and torch are seeded before the network is built, and again at each epoch's start from
-  (S, epoch). On a CPU with ``nnUNet_n_proc_DA=0`` two such runs end in bit-equal weights, and so does one that was
-  killed and continued.
+  (S, epoch, fold). On a CPU with ``nnUNet_n_proc_DA=0`` two such runs of a fold end in bit-equal weights, and so does
+  one that was killed and continued.
 - ``_unmirrored``: the validation after training predicts each case once instead of averaging over mirrored images, 8
   times as fast in 3D. Training and its mirroring augmentation are the same.
 """
@@ -125,18 +125,29 @@ class Shortened(nnUNetTrainer):
 
 
 class Seeded(nnUNetTrainer):
-    """All random number generators of this process seeded, before the network is built and at each epoch."""
+    """All random number generators of this process seeded, before the network is built and at each epoch.
+
+    Each fold of a seed has random numbers of its own. Were they the same, all folds would start from the same weights
+    and be good or bad together, and their mean no more reliable than one training.
+    """
 
     seed: ClassVar[int]
 
     def initialize(self) -> None:
-        _seed_generators(self.seed)
+        self._seed_generators(epoch=0, rank=0)
         super().initialize()
 
     def on_epoch_start(self) -> None:
         # The rank too: under DDP each process must draw its own batches.
-        _seed_generators(self.seed, self.current_epoch, self.local_rank)
+        self._seed_generators(self.current_epoch, self.local_rank)
         super().on_epoch_start()
+
+    def _seed_generators(self, epoch: int, rank: int) -> None:
+        fold = 0 if self.fold == "all" else int(self.fold)
+        for_python, for_numpy, for_torch = np.random.SeedSequence((self.seed, epoch, rank, fold)).generate_state(3)
+        random.seed(int(for_python))
+        np.random.seed(for_numpy)  # noqa: NPY002 (the generator nnU-Net's loaders draw from)
+        torch.manual_seed(int(for_torch))
 
 
 class Unmirrored(nnUNetTrainer):
@@ -148,10 +159,3 @@ class Unmirrored(nnUNetTrainer):
             super().perform_actual_validation(save_probabilities)
         finally:
             self.inference_allowed_mirroring_axes = mirrored
-
-
-def _seed_generators(*entropy: int) -> None:
-    for_python, for_numpy, for_torch = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(for_python))
-    np.random.seed(for_numpy)  # noqa: NPY002 (the generator nnU-Net's loaders draw from)
-    torch.manual_seed(int(for_torch))

@@ -188,6 +188,7 @@ def analyse(experiment: Experiment, cases: pd.DataFrame, missing: dict[tuple[str
                 contrast,
                 noise=metric.noise,
                 seeds=(analysis.seeds[first], analysis.seeds[second]),
+                folds=len(experiment.folds),
                 family=len(declared),
                 smallest_p=float(smallest_p),
                 band=settings.band,

@@ -186,9 +186,8 @@ def detectable_effect(units: int, alpha: float, power: float = 0.8) -> float:
 class SeedNoise:
     """How much trainings of the same method differ, and methods from each other.
 
-    intra: SD between seeds of one method's mean score over the folds with repeated seeds, pooled over methods; freedom:
-    its degrees of freedom; inter: SD of the methods' mean scores in these folds; ratio: inter / intra. NaN where there
-    are no repeated seeds.
+    intra: SD of a fold's mean score between seeds of one method, pooled; freedom: its degrees of freedom; inter: SD of
+    the methods' mean scores in the same folds; ratio: inter / intra. NaN where there are no repeated seeds.
     """
 
     intra: float
@@ -201,15 +200,15 @@ class SeedNoise:
             return float("nan")
         return self.inter / self.intra if self.intra > 0 else float("inf")
 
-    def margin(self, alpha: float) -> float:
+    def margin(self, folds: int, alpha: float) -> float:
         """What the difference of two methods must exceed to be more than a change of seeds gives.
 
-        The difference has the variance 2 intra^2. Folds without repeats do not make it smaller: trainings of one seed
-        start from the same weights on every fold, so they are good or bad together.
+        Each method's mean is one over ``folds`` independent trainings, so the difference has the variance
+        2 intra^2 / folds.
         """
         if self.freedom < 1:
             return float("nan")
-        return float(stats.t.ppf(1 - alpha / 2, self.freedom) * self.intra * np.sqrt(2))
+        return float(stats.t.ppf(1 - alpha / 2, self.freedom) * self.intra * np.sqrt(2 / folds))
 
 
 def seed_noise(means: np.ndarray) -> SeedNoise:
@@ -218,20 +217,16 @@ def seed_noise(means: np.ndarray) -> SeedNoise:
     Args:
         means: [folds, arms, seeds], the first seed being the one every arm has; NaN where there was no training.
     """
-    repeated = (~np.isnan(means)).sum(axis=2) >= 2
-    squares, freedom = 0.0, 0
-    for arm in np.flatnonzero(repeated.any(axis=0)):
-        of_seeds = means[repeated[:, arm], arm].mean(axis=0)
-        of_seeds = of_seeds[~np.isnan(of_seeds)]  # a seed that lacks one of these folds cannot be compared
-        if of_seeds.size >= 2:
-            squares += of_seeds.var() * of_seeds.size
-            freedom += of_seeds.size - 1
+    seeds = (~np.isnan(means)).sum(axis=2)
+    repeated = seeds >= 2
+    freedom = int((seeds[repeated] - 1).sum())
     if freedom == 0:
         return SeedNoise(float("nan"), 0, float("nan"))
-    of_methods = means[repeated.any(axis=1), :, 0].mean(axis=0)
-    of_methods = of_methods[~np.isnan(of_methods)]
-    inter = of_methods.std(ddof=1) if of_methods.size >= 2 else float("nan")
-    return SeedNoise(float(np.sqrt(squares / freedom)), freedom, float(inter))
+    intra = np.sqrt((np.nanvar(means[repeated], axis=1, ddof=0) * seeds[repeated]).sum() / freedom)
+    folds = [fold[~np.isnan(fold)] for fold in means[repeated.any(axis=1), :, 0]]
+    variances = [np.var(fold, ddof=1) for fold in folds if fold.size >= 2]
+    inter = np.sqrt(np.mean(variances)) if variances else float("nan")
+    return SeedNoise(float(intra), freedom, float(inter))
 
 
 @dataclass(frozen=True)
@@ -272,6 +267,7 @@ def judge(
     *,
     noise: SeedNoise,
     seeds: tuple[int, int],
+    folds: int,
     family: int,
     smallest_p: float,
     band: float,
@@ -319,7 +315,7 @@ def judge(
         )
     equal_low, equal_high = contrast.equivalence
     if -band <= equal_low and equal_high <= band:
-        change = noise.margin(2 * alpha / family)  # one-sided, as equivalence is
+        change = noise.margin(folds, 2 * alpha / family)  # one-sided, as equivalence is
         if abs(contrast.mean) + change <= band:
             return Verdict("equivalent", None, f"{pair} are equivalent within +-{band:g} ({numbers}).")
         return undecided(
@@ -331,7 +327,7 @@ def judge(
             f"the test does not reject, and a difference of {number.format(contrast.detectable).lstrip('+')} is the "
             "smallest that these cases would have shown with 80 % power"
         )
-    margin = noise.margin(alpha / family)
+    margin = noise.margin(folds, alpha / family)
     if not abs(contrast.mean) > margin:
         return undecided(f"a change of seeds alone gives differences up to {number.format(margin).lstrip('+')}")
     winner, loser = contrast.first, contrast.second

@@ -1,7 +1,9 @@
 import pickle
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -150,3 +152,20 @@ def test_unmirrored_changes_the_validation_only(make_trainer, monkeypatch, name,
     trainer.perform_actual_validation(True)
     assert validated == [(axes, True)]
     assert trainer.inference_allowed_mirroring_axes == (0, 1, 2)  # checkpoints keep them
+
+
+def test_each_fold_of_a_seed_has_random_numbers_of_its_own(make_trainer) -> None:
+    def draws(fold: int | str, seed: int = 3) -> list[float]:
+        """Of the first weights, and of the generators' first numbers in the second epoch."""
+        trainer = make_trainer(find_trainer(f"nnUNetTrainer_2epochs1iters_seed{seed}"))
+        trainer.fold = fold
+        trainer.initialize()
+        first = next(trainer.network.parameters()).flatten()[0].item()
+        trainer.current_epoch = 1
+        trainer.on_epoch_start()
+        return [first, random.random(), np.random.random_sample(), torch.rand(()).item()]  # noqa: NPY002
+
+    assert draws(0) == draws(0) == draws("all")
+    for other in (draws(1), draws(4), draws(0, seed=4)):
+        assert all(a != b for a, b in zip(draws(0), other, strict=True))
+    assert all(a != b for a, b in zip(draws(1), draws(4), strict=True))
