@@ -44,7 +44,8 @@ def load_patients(file: Path, cases: Sequence[str], test_cases: Sequence[str] = 
     if missing:
         raise SplitError(f"{file} gives no patient for {_some(missing)}.")
     found = {case: patients[case] for case in wanted}
-    shared = [case for case in test_cases if found.get(case) in {found[case] for case in cases}]
+    trained_on = {found[case] for case in cases}
+    shared = [case for case in test_cases if found.get(case) in trained_on]
     if shared:
         raise SplitError(
             f"{file} has the patients of the test cases {_some(shared)} among the training cases, too; take those out "

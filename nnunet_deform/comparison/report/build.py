@@ -341,8 +341,7 @@ def _not_tested_or_measured(
     """Complete arms whose test predictions or cost are missing."""
     of_arm = _first_trainings(experiment, dataset, records)
     asked = experiment.dataset(dataset.dataset, dataset.configuration).test
-    mine = (collected.test["dataset"] == dataset.dataset) & (collected.test["configuration"] == dataset.configuration)
-    tested = collected.test[mine].groupby("arm")["case"].agg(frozenset)
+    tested = _rows_of(dataset, collected.test).groupby("arm")["case"].agg(frozenset)
     found = []
     lacking = {
         "test scores (compare run predicts with the folds as they are)": [
@@ -356,6 +355,10 @@ def _not_tested_or_measured(
     if tested.nunique() > 1:
         found.append(f"{dataset.title}: the arms' test scores are of different cases, so they cannot be compared.")
     return found
+
+
+def _rows_of(dataset: DatasetAnalysis, table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["dataset"] == dataset.dataset) & (table["configuration"] == dataset.configuration)]
 
 
 def _first_trainings(
@@ -440,7 +443,7 @@ def _test_rows(
     experiment: Experiment, dataset: DatasetAnalysis, test: pd.DataFrame
 ) -> list[tuple[str, int, int, list[str]]]:
     """Arm, numbers of cases and of patients, and each metric's mean with its interval."""
-    table = test[(test["dataset"] == dataset.dataset) & (test["configuration"] == dataset.configuration)]
+    table = _rows_of(dataset, test)
     rows = []
     for arm in dict.fromkeys(table["arm"]):
         of_cases = table[table["arm"] == arm].groupby(["case", "patient"])[list(METRICS)].mean()
