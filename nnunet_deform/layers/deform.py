@@ -13,6 +13,22 @@ from nnunet_deform.ops import autocast_disabled, deform_conv2d, deform_conv3d
 OffsetAxes = Literal["auto", "all"] | Sequence[int]
 
 
+class _FromZero:
+    """A convolution that starts at zero and draws no random numbers: what is drawn after it does not depend on it."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class ZeroConv2d(_FromZero, nn.Conv2d):
+    """``nn.Conv2d`` that starts at zero."""
+
+
+class ZeroConv3d(_FromZero, nn.Conv3d):
+    """``nn.Conv3d`` that starts at zero."""
+
+
 class DeformConv(nn.Module):
     """Deformable convolution that keeps channels and spatial size (DeformUX-Net, eq. 1-2), in 2D and 3D.
 
@@ -66,7 +82,7 @@ class DeformConv(nn.Module):
         self.offset: nn.Module | None = None
         if self.offset_axes:
             branch_kernel = tuple(1 if k == 1 else offset_kernel for k in self.kernel_size)
-            self.offset = conv_op(
+            self.offset = (ZeroConv2d if conv_op is nn.Conv2d else ZeroConv3d)(
                 channels,
                 len(self.offset_axes) * self.taps,
                 branch_kernel,
@@ -82,8 +98,7 @@ class DeformConv(nn.Module):
         bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.bias, -bound, bound)
         if self.offset is not None:
-            nn.init.zeros_(self.offset.weight)
-            nn.init.zeros_(self.offset.bias)
+            self.offset.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] -> [B, C, *spatial]."""

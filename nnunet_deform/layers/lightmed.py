@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import wrap_torch_function
 
 from nnunet_deform.layers.few_channels import (
     NORM_GROUPS,
@@ -67,6 +68,18 @@ class SqueezeExcite(nn.Module):
         return multiplied(x, gate.view(*gate.shape, *[1] * (x.ndim - 2)))
 
 
+# In torch's eyes one function on the tensor, as those of torch.nn.init are, so that a mode sees the draws as its own.
+@wrap_torch_function(lambda tensor, ndim: (tensor,))
+@torch.no_grad()
+def spread_(tensor: Tensor, ndim: int) -> Tensor:
+    """Fills [K * ndim] with logits of K positions: on each axis one in each of K equal parts of (0.1, 0.9), in random
+    order."""
+    k = len(tensor) // ndim
+    parts = torch.stack([torch.randperm(k, device=tensor.device) for _ in range(ndim)], 1)
+    position = (parts + torch.rand_like(parts, dtype=tensor.dtype)) / k
+    return tensor.copy_(torch.logit(0.1 + 0.8 * position).flatten())
+
+
 class AnchorDetector(nn.Module):
     """Eq. 1: K anchors from the image, [B, C, *spatial] -> [B, K, ndim], coordinates in (0, 1) relative to the patch.
 
@@ -98,13 +111,10 @@ class AnchorDetector(nn.Module):
         )
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Anchors spread out: on each axis one in each of K equal parts of (0.1, 0.9), in random order."""
         last = self.coordinates[-1]
-        parts = torch.stack([torch.randperm(self.num_anchors, device=last.bias.device) for _ in range(self.ndim)], 1)
-        position = (parts + torch.rand_like(parts, dtype=last.bias.dtype)) / self.num_anchors
-        last.bias.copy_(torch.logit(0.1 + 0.8 * position).flatten())
+        spread_(last.bias, self.ndim)
         nn.init.normal_(last.weight, std=0.5)
 
     def forward(self, image: Tensor) -> Tensor:

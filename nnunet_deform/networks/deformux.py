@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nnunet_deform.layers import ChannelLayerNorm, ConvStyle, DeformConv, ResidualBlock, UpBlock
 from nnunet_deform.layers.deform import OffsetAxes
 from nnunet_deform.networks.memory import STORED_PER_COUNTED
+from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
 from nnunet_deform.ops import CHANNELS_LAST
 
@@ -248,6 +249,7 @@ class DeformUXNet(nn.Module):
         ValueError: arguments that do not describe such a network; the message names the value.
     """
 
+    @paired_start
     def __init__(
         self,
         input_channels: int,
@@ -372,9 +374,12 @@ class DeformUXNet(nn.Module):
     @staticmethod
     def initialize(module: nn.Module) -> None:
         """For ``network.apply``: nnU-Net's He initialisation for the convolutions of the skip encoders, the decoder and
-        the heads; offsets at zero; torch's default, as in the authors' code, elsewhere in the encoder."""
-        if isinstance(module, DeformConv):
-            module.reset_parameters()
-        elif isinstance(module, DeformUXNet):
-            module.skip_encoders.apply(InitWeights_He(LEAKY_RELU_SLOPE))
-            module.decoder.apply(InitWeights_He(LEAKY_RELU_SLOPE))
+        the heads; offsets at zero; torch's default, as in the authors' code, elsewhere in the encoder. At the network,
+        which ``apply`` visits last, each parameter is drawn by its name."""
+        if isinstance(module, DeformUXNet):
+            with drawn_by_name(module):
+                for part in module.encoder.modules():
+                    if isinstance(part, DeformConv):
+                        part.reset_parameters()
+                module.skip_encoders.apply(InitWeights_He(LEAKY_RELU_SLOPE))
+                module.decoder.apply(InitWeights_He(LEAKY_RELU_SLOPE))

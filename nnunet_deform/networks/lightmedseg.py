@@ -67,6 +67,7 @@ from nnunet_deform.layers.few_channels import (
 )
 from nnunet_deform.layers.lightmed import ghost_or_standard
 from nnunet_deform.networks.memory import STORED_PER_COUNTED, kept_by_autograd
+from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
 from nnunet_deform.ops import CHANNELS_LAST, concatenate_channels
 
@@ -326,6 +327,7 @@ class LightMedSeg(nn.Module):
         ValueError: arguments that do not describe such a network; the message names the value.
     """
 
+    @paired_start
     def __init__(
         self,
         input_channels: int,
@@ -456,12 +458,19 @@ class LightMedSeg(nn.Module):
     @staticmethod
     def initialize(module: nn.Module) -> None:
         """For ``network.apply``: nnU-Net's He initialisation for the convolutions; FiLM near the identity, anchors
-        spread out, the texture a high-pass; torch's default for linear and transposed convolutions."""
-        if isinstance(module, FewChannelConv2d | FewChannelConv3d):
-            InitWeights_He(LEAKY_RELU_SLOPE)(module)
-        # After the convolutions inside them, which ``apply`` reaches first.
-        elif isinstance(module, AnchorDetector | FiLM | LocalStructuralPrior):
-            module.reset_parameters()
+        spread out, the texture a high-pass; torch's default for linear and transposed convolutions. At the network,
+        which ``apply`` visits last, each parameter is drawn by its name."""
+        if isinstance(module, LightMedSeg):
+            with drawn_by_name(module):
+                module.apply(_initialize_part)
+
+
+def _initialize_part(module: nn.Module) -> None:
+    if isinstance(module, FewChannelConv2d | FewChannelConv3d):
+        InitWeights_He(LEAKY_RELU_SLOPE)(module)
+    # After the convolutions inside them, which ``apply`` reaches first.
+    elif isinstance(module, AnchorDetector | FiLM | LocalStructuralPrior):
+        module.reset_parameters()
 
 
 def _check_options(

@@ -16,7 +16,7 @@ Differences from the paper:
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import MagicConv, MagicConv2d, MagicConv3d
 from nnunet_deform.networks.memory import STORED_PER_COUNTED
+from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import crop_to_image, pad_to_levels, padded_size
 
 _LAYER_OPTIONS = {
@@ -55,6 +56,7 @@ class MagicUNet(nn.Module):
 
     default_kernels: ClassVar[int]
 
+    @paired_start
     def __init__(
         self,
         *arguments: Any,
@@ -195,11 +197,10 @@ class MagicPlainConvUNet(MagicUNet, PlainConvUNet):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """For ``network.apply``: nnU-Net's He initialisation, of each kernel by itself, and the attention's own."""
-        if isinstance(module, MagicConv):
-            module.reset_parameters(_he_normal)
-        else:
-            PlainConvUNet.initialize(module)
+        """For ``network.apply``: nnU-Net's He initialisation, of each kernel by itself, and the attention's own. At the
+        network, which ``apply`` visits last, each parameter is drawn by its name."""
+        if isinstance(module, MagicPlainConvUNet):
+            _initialize(module, PlainConvUNet.initialize)
 
 
 class MagicResidualEncoderUNet(MagicUNet, ResidualEncoderUNet):
@@ -209,8 +210,18 @@ class MagicResidualEncoderUNet(MagicUNet, ResidualEncoderUNet):
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
-        """For ``network.apply``: nnU-Net's He initialisation, of each kernel by itself, and the attention's own."""
+        """For ``network.apply``: nnU-Net's He initialisation, of each kernel by itself, and the attention's own. At the
+        network, which ``apply`` visits last, each parameter is drawn by its name."""
+        if isinstance(module, MagicResidualEncoderUNet):
+            _initialize(module, ResidualEncoderUNet.initialize)
+
+
+def _initialize(network: MagicUNet, stock: Callable[[nn.Module], None]) -> None:
+    def initialize_part(module: nn.Module) -> None:
         if isinstance(module, MagicConv):
             module.reset_parameters(_he_normal)
         else:
-            ResidualEncoderUNet.initialize(module)
+            stock(module)
+
+    with drawn_by_name(network):
+        network.apply(initialize_part)
