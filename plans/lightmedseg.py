@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunet_deform.networks.lightmedseg import check_width
 from nnunet_deform.plans.architecture import Architecture, topology_of
 
 NETWORK = "nnunet_deform.networks.LightMedSeg"
@@ -20,6 +21,7 @@ def lightmedseg_architecture(
     *,
     max_levels: int = 5,
     features_per_stage: Sequence[int] | None = None,
+    width: int | None = None,
     op_off: bool = False,
     **network_options: Any,
 ) -> Architecture:
@@ -32,23 +34,33 @@ def lightmedseg_architecture(
         patch_size: the plan's patch, in voxels.
         max_levels: levels to keep, full resolution included; the paper's network has 5.
         features_per_stage: width at each level; by default 8 doubled at each level, at most 64, and the coarsest as
-            wide as the one before it.
+            wide as the one before it; times ``width``.
+        width: factor of all widths: those at each level, where they are not given, and the hidden ones of router,
+            structural prior and anchor detector; by default 1, the paper's, or what a plan of ours has. Gates have
+            max(4, C / 4) hidden units for C channels at every factor, and the number of anchors stays.
         op_off: the twin without the paper's operators: two convolutions in the place of the structural prior, a
             learned affine of each channel in that of FiLM, and equal weights in that of the learned router. Its
             bottleneck is as wide as brings the number of parameters nearest to the full network's.
         network_options: further arguments of :class:`nnunet_deform.networks.LightMedSeg`.
 
     Raises:
-        ValueError: the plan has fewer than two levels, or its architecture no strides.
+        ValueError: the plan has fewer than two levels, or its architecture no strides; ``width`` is no whole number.
     """
+    if width is not None:
+        check_width(width)
+        network_options["width"] = width
     if base["network_class_name"] == NETWORK:
-        given = {} if features_per_stage is None else {"features_per_stage": list(features_per_stage)}
-        architecture = {**base, "arch_kwargs": {**base["arch_kwargs"], **given, **network_options}}
+        planned = base["arch_kwargs"]
+        if features_per_stage is None:
+            old = planned.get("width", 1)
+            features_per_stage = [features * (width or old) // old for features in planned["features_per_stage"]]
+        arguments = {**planned, "features_per_stage": list(features_per_stage), **network_options}
+        architecture = {**base, "arch_kwargs": arguments}
     else:
         topology = topology_of(base, patch_size, max_levels)
         if features_per_stage is None:
             widths = [min(BASE_FEATURES * 2**level, MAX_FEATURES) for level in range(len(topology.strides) - 1)]
-            features_per_stage = [*widths, widths[-1]]
+            features_per_stage = [features * (width or 1) for features in [*widths, widths[-1]]]
         architecture = {
             "network_class_name": NETWORK,
             "arch_kwargs": {

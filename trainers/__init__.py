@@ -43,6 +43,8 @@ from nnunet_deform.trainers.lightmedseg import (
     nnUNetTrainerLightMedSeg_noRouter,
     nnUNetTrainerLightMedSeg_opOff,
     nnUNetTrainerLightMedSeg_paper,
+    nnUNetTrainerLightMedSeg_w2,
+    nnUNetTrainerLightMedSeg_w4,
     nnUNetTrainerLightMedSegStandard,
 )
 from nnunet_deform.trainers.magic import (
@@ -87,6 +89,8 @@ __all__ = [
     "nnUNetTrainerLightMedSeg_noRouter",
     "nnUNetTrainerLightMedSeg_opOff",
     "nnUNetTrainerLightMedSeg_paper",
+    "nnUNetTrainerLightMedSeg_w2",
+    "nnUNetTrainerLightMedSeg_w4",
     "nnUNetTrainerMAGIC",
     "nnUNetTrainerMAGICResEnc",
     "nnUNetTrainerMAGIC_2x",

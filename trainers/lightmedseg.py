@@ -84,6 +84,20 @@ class nnUNetTrainerLightMedSeg_anchors32(nnUNetTrainerLightMedSeg):
     network_options = {"num_anchors": 32}
 
 
+class nnUNetTrainerLightMedSeg_w2(nnUNetTrainerLightMedSeg):
+    """All widths times 2: of stem, encoder, bottleneck, decoder and skips, and the hidden ones of router, structural
+    prior and anchor detector; 1.85 M parameters. The recipe, the number of anchors and the norms' four groups stay, and
+    gates have a quarter of their channels as hidden units, at least 4, at every width."""
+
+    network_options = {"width": 2}
+
+
+class nnUNetTrainerLightMedSeg_w4(nnUNetTrainerLightMedSeg):
+    """All widths times 4, as in nnUNetTrainerLightMedSeg_w2; 7.28 M parameters."""
+
+    network_options = {"width": 4}
+
+
 class nnUNetTrainerLightMedSeg_opOff(nnUNetTrainerLightMedSeg):
     """The op-off twin: plain convolutions, per-channel affines and equal weights in the place of the structural prior,
     FiLM and the learned router, and as many parameters."""

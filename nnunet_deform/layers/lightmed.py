@@ -87,6 +87,7 @@ class AnchorDetector(nn.Module):
         input_channels: C.
         num_anchors: K.
         kernel_sizes, strides: of its three convolutions.
+        width: factor of its hidden widths: 8 channels of the convolutions, 128 units before the coordinates.
     """
 
     def __init__(
@@ -95,11 +96,12 @@ class AnchorDetector(nn.Module):
         num_anchors: int,
         kernel_sizes: Sequence[Sequence[int]],
         strides: Sequence[Sequence[int]],
+        width: int = 1,
     ) -> None:
         super().__init__()
         self.num_anchors = num_anchors
         self.ndim = len(strides[0])
-        widths = [input_channels, *[DETECTOR_WIDTH] * len(strides)]
+        widths = [input_channels, *[DETECTOR_WIDTH * width] * len(strides)]
         self.features = nn.Sequential(
             *(
                 nn.Sequential(same_conv(i, o, kernel, stride=stride, bias=False), NormAct(o))
@@ -107,7 +109,9 @@ class AnchorDetector(nn.Module):
             )
         )
         self.coordinates = nn.Sequential(
-            nn.Linear(DETECTOR_WIDTH, DETECTOR_HIDDEN), nn.SiLU(), nn.Linear(DETECTOR_HIDDEN, self.ndim * num_anchors)
+            nn.Linear(DETECTOR_WIDTH * width, DETECTOR_HIDDEN * width),
+            nn.SiLU(),
+            nn.Linear(DETECTOR_HIDDEN * width, self.ndim * num_anchors),
         )
         self.reset_parameters()
 

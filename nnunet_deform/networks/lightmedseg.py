@@ -73,6 +73,7 @@ from nnunet_deform.ops import CHANNELS_LAST, concatenate_channels
 
 LEAKY_RELU_SLOPE = 0.01
 DETECTOR_DEPTH = 3
+SKIP_WIDTH = 64
 PRIOR_WIDTH = 16
 # Hidden channels of the convolutions that stand in for the structural prior in the op-off twin.
 PLAIN_PRIOR_WIDTH = 24
@@ -81,12 +82,12 @@ PLAIN_PRIOR_WIDTH = 24
 class PlainPrior(nn.Module):
     """Two convolutions in the place of the structural prior: features, and no texture."""
 
-    def __init__(self, channels: int, kernel_size: Sequence[int]) -> None:
+    def __init__(self, channels: int, kernel_size: Sequence[int], width: int) -> None:
         super().__init__()
         self.convs = nn.Sequential(
-            same_conv(channels, PLAIN_PRIOR_WIDTH, kernel_size, bias=False),
-            NormAct(PLAIN_PRIOR_WIDTH),
-            same_conv(PLAIN_PRIOR_WIDTH, channels, kernel_size),
+            same_conv(channels, width, kernel_size, bias=False),
+            NormAct(width),
+            same_conv(width, channels, kernel_size),
         )
 
     def forward(self, x: Tensor) -> tuple[None, Tensor]:
@@ -320,7 +321,9 @@ class LightMedSeg(nn.Module):
             it there is no texture, and each encoder stage is the even mean of its two branches.
         router: skips of the coarser decoder stages: "learned" (paper), "mean" for equal weights, or "none" for the
             encoder's features at the same level.
-        skip_channels: width to which the router projects all features.
+        width: factor of the hidden widths that ``features_per_stage`` does not give: the anchor detector's, 8 and 128,
+            the prior's, 16 (24 of "conv"), and ``skip_channels``.
+        skip_channels: width to which the router projects all features; by default 64 times ``width``.
         bottleneck_channels: hidden width of the bottleneck; by default the coarsest of ``features_per_stage``.
 
     Raises:
@@ -344,12 +347,16 @@ class LightMedSeg(nn.Module):
         anchors: Literal["film", "affine", "none"] = "film",
         prior: Literal["lspm", "conv", "none"] = "lspm",
         router: Literal["learned", "mean", "none"] = "learned",
-        skip_channels: int = 64,
+        width: int = 1,
+        skip_channels: int | None = None,
         bottleneck_channels: int | None = None,
     ) -> None:
         super().__init__()
         ndim = convert_conv_op_to_dim(conv_op)
         check_topology("LightMedSeg", n_stages, features_per_stage, kernel_sizes, strides, ndim)
+        check_width(width)
+        if skip_channels is None:
+            skip_channels = SKIP_WIDTH * width
         if bottleneck_channels is None:
             bottleneck_channels = features_per_stage[-1]
         _check_options(
@@ -380,17 +387,18 @@ class LightMedSeg(nn.Module):
                 num_anchors,
                 [kernel_sizes[level] for level in levels],
                 [strides[level] for level in levels],
+                width,
             )
         self.prior: nn.Module | None = None
         if prior == "lspm":
-            self.prior = LocalStructuralPrior(widths[0], kernel_sizes[1], PRIOR_WIDTH)
+            self.prior = LocalStructuralPrior(widths[0], kernel_sizes[1], PRIOR_WIDTH * width)
         elif prior == "conv":
-            self.prior = PlainPrior(widths[0], kernel_sizes[1])
+            self.prior = PlainPrior(widths[0], kernel_sizes[1], PLAIN_PRIOR_WIDTH * width)
 
-        def modulation(width: int) -> nn.Module | None:
+        def modulation(channels: int) -> nn.Module | None:
             if anchors == "film":
-                return FiLM(width, ndim * num_anchors)
-            return ChannelAffine(width) if anchors == "affine" else None
+                return FiLM(channels, ndim * num_anchors)
+            return ChannelAffine(channels) if anchors == "affine" else None
 
         max_pool = get_matching_pool_op(conv_op, pool_type="max")
         self.encoder = LightMedEncoder(
@@ -471,6 +479,12 @@ def _initialize_part(module: nn.Module) -> None:
     # After the convolutions inside them, which ``apply`` reaches first.
     elif isinstance(module, AnchorDetector | FiLM | LocalStructuralPrior):
         module.reset_parameters()
+
+
+def check_width(width: int) -> None:
+    """Raises ValueError, naming the value, unless widths times this factor keep the norms' groups whole."""
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width={width!r} must be a whole number of at least 1.")
 
 
 def _check_options(

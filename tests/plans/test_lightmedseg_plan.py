@@ -84,6 +84,49 @@ def test_a_plan_of_ours_keeps_its_arguments():
     assert twin["arch_kwargs"]["bottleneck_channels"] % 4 == 0
 
 
+@pytest.mark.parametrize(("width", "count"), [(1, 477_493), (2, 1_849_581), (4, 7_278_245)])
+def test_all_widths_times_a_factor(width, count):
+    base, patch = isotropic(6), (128,) * 3
+    architecture = lightmedseg_architecture(base, patch, width=width)
+    assert parameters(architecture, input_channels=4, num_classes=3) == count
+    twin = lightmedseg_architecture(base, patch, width=width, op_off=True)
+    assert parameters(twin, input_channels=4, num_classes=3) == pytest.approx(count, rel=0.02)
+    network = build(architecture)
+    detector = network.anchor_detector
+    assert [stage[0].out_channels for stage in detector.features] == [8 * width] * 3
+    assert [detector.coordinates[0].out_features, detector.coordinates[2].out_features] == [128 * width, 3 * 8]
+    assert [network.prior.spatial_gate[index].out_channels for index in (0, 2)] == [16 * width] * 2
+    assert [project.out_channels for project in network.decoder.router.projections] == [64 * width] * 4
+    assert [stage.smooth[0].out_channels for stage in network.encoder.stages] == [w * width for w in (8, 16, 32, 64)]
+    assert [mixture.branches[2][0].out_channels for mixture in network.decoder.mixtures] == [
+        w * width for w in (64, 32, 16, 8)
+    ]
+    assert [network.bottleneck[index].out_channels for index in (0, 2)] == [64 * width] * 2
+    gates = [stage.gate.gate[0].out_features for stage in network.encoder.stages]
+    assert gates == [max(4, w * width // 4) for w in (8, 16, 32, 64)]
+
+
+def test_a_plan_of_ours_is_widened_and_narrowed():
+    base, patch = isotropic(6), (128,) * 3
+    paper, wide = (lightmedseg_architecture(base, patch, width=width) for width in (1, 2))
+    assert lightmedseg_architecture(wide, patch) == wide
+    assert lightmedseg_architecture(paper, patch, width=2) == wide
+    assert lightmedseg_architecture(wide, patch, width=1) == paper
+
+
+@pytest.mark.parametrize("width", [0, -2, 1.5, "2"])
+def test_bad_widths(width):
+    for architecture in (isotropic(6), lightmedseg_architecture(isotropic(6), (128,) * 3)):
+        with pytest.raises(ValueError, match=f"width={width!r} must be a whole number of at least 1"):
+            lightmedseg_architecture(architecture, (128,) * 3, width=width)
+
+
+def test_widths_that_the_groups_do_not_divide():
+    architecture = lightmedseg_architecture(isotropic(6), (128,) * 3, features_per_stage=(8, 16, 32, 64, 66))
+    with pytest.raises(ValueError, match=r"features_per_stage=\[.*66\] must be multiples of 4, the groups"):
+        build(architecture)
+
+
 def test_bad_plans():
     with pytest.raises(ValueError, match=r"the plan has 1 level .* larger patch than \[8, 8, 8\]"):
         lightmedseg_architecture(isotropic(1), (8, 8, 8))

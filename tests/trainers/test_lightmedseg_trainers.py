@@ -38,6 +38,8 @@ def test_options_of_the_ablations(make_trainer) -> None:
     assert full - count("nnUNetTrainerLightMedSeg_noLSPM") == 11_662
     assert full - count("nnUNetTrainerLightMedSeg_noAnchors") == 8_616 - 3 * 27 * 8 + 2 * 25 * 120 + 9 * 120
     assert full - count("nnUNetTrainerLightMedSeg_noRouter") == 47_592 - (32 * 64 + 64) - (16 * 32 + 32)
+    assert count("nnUNetTrainerLightMedSeg_w2") == 1_849_581 - 3 * 27 * 24
+    assert count("nnUNetTrainerLightMedSeg_w4") == 7_278_245 - 3 * 27 * 48
     assert count("nnUNetTrainerLightMedSeg_opOff") == pytest.approx(full, rel=0.02)
     twin = network(make_trainer, "nnUNetTrainerLightMedSeg_opOff")
     assert twin.decoder.router.controllers is None

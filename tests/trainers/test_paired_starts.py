@@ -34,6 +34,8 @@ _MORE_ANCHORS = {
     ),
     "equal": (r"decoder\.fusions\.\d\.position_bias\.linear\.bias",),  # its bound falls with the number of anchors
 }
+# Nearly everything is wider, and what is not has more inputs, which bound its bias.
+_WIDER = {"shape": (r".*",), "equal": (r".*\.bias",)}
 # What a variant has under the names of its family's main network without having the same: tensors of another shape, and
 # tensors of the same shape that another number of inputs bounds otherwise.
 EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -57,6 +59,8 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "shape": (r"bottleneck\.0\.weight", r"bottleneck\.1\.0\.(weight|bias)", r"bottleneck\.2\.weight"),
         "equal": (r"bottleneck\.2\.bias",),  # before nnU-Net's initialisation
     },
+    "LightMedSeg_w2": _WIDER,
+    "LightMedSeg_w4": _WIDER,
     "MAGIC_2x": {
         "shape": (
             *_KERNELS,
