@@ -1,6 +1,6 @@
 """Modules that wire operators together. They know no network and nothing of nnU-Net."""
 
-from nnunet_deform.layers.deform import DeformConv
+from nnunet_deform.layers.deform import DeformConv, offset_parameters
 from nnunet_deform.layers.lightmed import (
     AnchorDetector,
     ChannelAffine,
@@ -28,5 +28,6 @@ __all__ = [
     "ResidualBlock",
     "SqueezeExcite",
     "UpBlock",
+    "offset_parameters",
     "set_temperature",
 ]
