@@ -127,8 +127,11 @@ def prepare(data: Path, work: Path) -> Path:
         )
         splits = [{"train": split["train"], "val": split["validation"]}]
         (partial / "preprocessed" / DATASET / "splits_final.json").write_text(json.dumps(splits))
-        with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+        try:
             partial.rename(prepared)
+        except OSError:  # unless another process was faster
+            if not prepared.exists():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return prepared
@@ -140,7 +143,7 @@ def folders(prepared: Path) -> dict[str, str]:
 
 
 def run(job: Job, prepared: Path) -> dict[str, Any]:
-    """Train and validate: Dice of each validation case and class, the loss of the last steps, seconds."""
+    """Train and validate: Dice of each validation case and class, the loss of the last steps, seconds of CPU time."""
     from nnunet_deform.trainers.variants import find_trainer
 
     plans = json.loads((prepared / "preprocessed" / DATASET / "nnUNetPlans.json").read_text())
@@ -163,14 +166,14 @@ def run(job: Job, prepared: Path) -> dict[str, Any]:
             return output
 
         trainer.train_step = recorded_step
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             trainer.run_training()
         except FloatingPointError as error:
             return {**result, "stopped": str(error)}
-        trained = time.perf_counter()
+        trained = time.process_time()
         cases = validate(trainer)
-        predicted = time.perf_counter()
+        predicted = time.process_time()
     return {
         **result,
         "dice": fmean(fmean(classes) for classes in cases.values()),
