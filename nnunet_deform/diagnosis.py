@@ -15,9 +15,9 @@ from typing import Any
 
 from nnunet_deform import __version__, activation, trainers
 from nnunet_deform.trainers.checkpoints import checkpoint_versions
-from nnunet_deform.trainers.variants import find_trainer
+from nnunet_deform.trainers.variants import RateError, find_trainer
 
-_SUFFIXES = (r"_AdamW(?![a-z])", r"_\d+epochs(?:\d+iters)?", r"_seed\d+", r"_unmirrored(?![a-z])")
+_SUFFIXES = (r"_AdamW(?![a-z])", r"_lr[^_]*", r"_\d+epochs(?:\d+iters)?", r"_seed\d+", r"_unmirrored(?![a-z])")
 
 
 class BrokenLookup(Exception):
@@ -70,6 +70,8 @@ def explain_missing_trainer(name: str) -> str:
     ordered = base + "".join(suffixes)
     try:
         find_trainer(ordered)
+    except RateError as error:
+        return f"{name} cannot be: {error}"
     except AttributeError:
         known = difflib.get_close_matches(base, trainers.__all__, n=1, cutoff=0.8)
         hint = f" (did you mean {known[0]}?)" if known else ""
@@ -79,7 +81,8 @@ def explain_missing_trainer(name: str) -> str:
         )
     if ordered != name:
         return (
-            f"{name} has its suffixes in another order than _AdamW, _epochs, _seed, _unmirrored; its name is {ordered}."
+            f"{name} has its suffixes in another order than _AdamW, _lr, _epochs, _seed, _unmirrored; its name is "
+            f"{ordered}."
         )
     return f"{name} is ours, but nnU-Net cannot find it, because the plugin is not active here."
 

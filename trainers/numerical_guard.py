@@ -18,12 +18,14 @@ MAX_SKIPPED_STEPS = 20
 
 
 class NumericalGuard(nnUNetTrainer):
-    """Stops a training whose loss or gradients are not finite, before anything of it reaches a checkpoint.
+    """Stops a training whose loss or gradients are not finite, before it spoils a weight.
 
-    It stops at a loss that is not finite, and besides, with a GradScaler, when more than ``MAX_SKIPPED_STEPS`` steps in
-    a row were skipped, without one at the first gradient that is not finite. The batch is then run once more, with
-    hooks that find the layer. Normal steps get no further device synchronisation: nnU-Net has already copied the loss
-    to the host when it is looked at, and the scaler its own verdict.
+    Without a GradScaler (CPU, MPS) it stops at the first loss or gradient that is not finite. With one, nnU-Net skips
+    such steps and the scaler lowers its scale: that stays so until more than ``MAX_SKIPPED_STEPS`` in a row were
+    skipped. A skipped step's loss enters the epoch's mean as in nnU-Net, so the log may show NaN for an epoch whose
+    training goes on. When it stops, the batch is run once more, with hooks that find the layer. Normal steps get no
+    further device synchronisation: nnU-Net has already copied the loss to the host when it is looked at, and the scaler
+    its own verdict.
 
     Raises:
         FloatingPointError: from ``train_step``; the message says where it broke and what to do.
@@ -65,16 +67,17 @@ class NumericalGuard(nnUNetTrainer):
         self._found_inf = None
         result = super().train_step(batch)
         loss = float(result["loss"])
-        if not math.isfinite(loss):
-            self._stop(batch, f"the loss is {loss}")
         if self.grad_scaler is not None:
             skipped = not self._stepped if self._found_inf is None else bool(self._found_inf.item())
-            self._skipped_steps = self._skipped_steps + 1 if skipped else 0
+            self._skipped_steps = self._skipped_steps + 1 if skipped or not math.isfinite(loss) else 0
             if self._skipped_steps > MAX_SKIPPED_STEPS:
                 self._stop(
                     batch,
-                    f"the gradients were not finite and the step was skipped, {self._skipped_steps} times in a row",
+                    "the loss or the gradients were not finite and the step was skipped, "
+                    f"{self._skipped_steps} times in a row (the last loss is {loss})",
                 )
+        elif not math.isfinite(loss):
+            self._stop(batch, f"the loss is {loss}")
         elif not math.isfinite(norm := self._gradient_norm.item()):
             self._stop(batch, f"the norm of the gradients is {norm}")
         self._iteration_of_epoch += 1
@@ -99,7 +102,7 @@ class NumericalGuard(nnUNetTrainer):
                 else "No checkpoint has been saved yet: the same command starts anew."
             )
             + " If it happens again, look for images with NaN or values far from the others, or train with a lower "
-            "learning rate (the suffix _AdamW)."
+            "learning rate (the suffix _lr)."
         )
         self.print_to_log_file(message)
         raise FloatingPointError(message)

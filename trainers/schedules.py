@@ -1,9 +1,11 @@
 """Schedules that a continued training resumes exactly: each is a function of the epoch and the log."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
@@ -76,6 +78,35 @@ class PlateauSchedule:
         for loss in self.losses()[:epoch]:
             plateau.step(loss)
         _set_rate(self.optimizer, stand_in.param_groups[0]["lr"])
+
+
+class FactoredSchedule:
+    """A schedule that gives every group the same rate, times the ``rate_factor`` of groups that have one.
+
+    Args:
+        schedule: sets the rates anew at each step, whatever they were.
+        optimizer: the one it does this for.
+    """
+
+    def __init__(self, schedule: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.schedule = schedule
+        self.optimizer = optimizer
+
+    def step(self, *position: int) -> None:
+        """The schedule's own step, then the factors."""
+        self.schedule.step(*position)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get("rate_factor", 1)
+
+
+def give_own_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Move parameters out of their groups into ones that differ in the rate alone: for :class:`FactoredSchedule`."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in moved]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+            optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * factor, "rate_factor": factor})
 
 
 def annealed_temperature(epoch: int, *, start: float, epochs: float) -> float:

@@ -1,11 +1,13 @@
 """Trainer variants by name, for our trainers and nnU-Net's own:
-``<trainer>[_AdamW][_{N}epochs[{M}iters]][_seed{S}][_unmirrored]``.
+``<trainer>[_AdamW][_lr{rate}][_{N}epochs[{M}iters]][_seed{S}][_unmirrored]``.
 
 A variant is a class like any other: importable from this module and picklable under its name, and nnU-Net finds it
 again when it predicts. The suffixes mean:
 
 - ``_AdamW``: our one second recipe, so that network and recipe can be told apart. AdamW at 1e-3, weight decay 1e-4 and
   none on norms and biases, linear warm-up over 10 epochs, cosine to 1e-6.
+- ``_lr{rate}``: the initial learning rate of the recipe, ``_AdamW`` or the trainer's own, a positive number such as
+  ``8e-3`` or ``0.008``. A name is a name: each spelling is a class, and so an output folder, of its own.
 - ``_{N}epochs``: N epochs, a checkpoint every max(1, min(50, N // 4)), warm-up and annealing at most N / 10 epochs;
   ``{M}iters``: M iterations in an epoch and max(1, M // 5) validation iterations.
 - ``_seed{S}``: python, numpy and torch are seeded before the network is built, and again at each epoch's start from
@@ -35,16 +37,23 @@ from nnunet_deform.trainers.recipes import AdamWRecipe
 _NAME = re.compile(
     r"(?P<base>nnUNetTrainer\w*?)"
     r"(?P<adamw>_AdamW)?"
+    r"(?:_lr(?P<rate>[^_]*))?"
     r"(?:_(?P<epochs>[1-9]\d*)epochs(?:(?P<iterations>[1-9]\d*)iters)?)?"
     r"(?:_seed(?P<seed>0|[1-9]\d*))?"
     r"(?P<unmirrored>_unmirrored)?"
 )
+_RATE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+class RateError(AttributeError):
+    """A trainer that there is, with a learning rate that there is not."""
 
 
 def find_trainer(name: str) -> type[nnUNetTrainer]:
     """One of our trainers, or a variant of one of ours or of nnU-Net's own.
 
     Raises:
+        RateError: a variant but for its learning rate.
         AttributeError: the name is neither; nnU-Net then goes on searching elsewhere.
     """
     if name in trainers.__all__:
@@ -60,7 +69,7 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
 def __getattr__(name: str) -> Any:
     # A variant is pickled by its name in this module; another process makes it when it is asked for.
     if name.startswith("nnUNetTrainer"):
-        return find_trainer(name)
+        return find_trainer(name.replace(",", "."))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -80,7 +89,12 @@ def _find_base(name: str) -> type[nnUNetTrainer]:
 
 def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) -> type[nnUNetTrainer]:
     bases: list[type] = [Unmirrored] if parts["unmirrored"] else []
-    attributes: dict[str, Any] = {"__module__": __name__, "__doc__": f"{base.__name__}, varied as its name says."}
+    attributes: dict[str, Any] = {
+        "__module__": __name__,
+        # pickle looks for what follows a dot inside of what precedes it.
+        "__qualname__": name.replace(".", ","),
+        "__doc__": f"{base.__name__}, varied as its name says.",
+    }
     if parts["seed"]:
         bases.append(Seeded)
         attributes["seed"] = int(parts["seed"])
@@ -92,8 +106,38 @@ def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) ->
         attributes["learning_rate"] = AdamWRecipe.learning_rate
         if not issubclass(base, AdamWRecipe):
             bases.append(AdamWRecipe)
+    if parts["rate"] is not None:
+        attributes["learning_rate"] = _learning_rate(parts["rate"])
+        if not issubclass(base, AdamWRecipe) and not parts["adamw"]:
+            bases.append(Rated)
     bases += [shared for shared in (NumericalGuard, AtomicCheckpoints) if not issubclass(base, shared)]
     return type(name, (*bases, base), attributes)
+
+
+def _learning_rate(spelling: str) -> float:
+    rate = float(spelling) if _RATE.fullmatch(spelling) else math.nan
+    if not 0 < rate < math.inf:
+        raise RateError(
+            f"the learning rate {spelling!r} after _lr is no positive number; write one such as 8e-3 or 0.008."
+        )
+    return rate
+
+
+class Rated(nnUNetTrainer):
+    """The trainer's own recipe from another initial learning rate."""
+
+    learning_rate: ClassVar[float]
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.learning_rate
 
 
 class Shortened(nnUNetTrainer):

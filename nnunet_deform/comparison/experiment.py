@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-_TRAINER = re.compile(r"nnUNetTrainer\w*")
+_TRAINER = re.compile(r"nnUNetTrainer[\w.+-]*")
 _DATASET = re.compile(r"Dataset\d{3}_[^*?\[\]/\\]+")
 _LENGTH_OR_SEED = re.compile(r"_(\d+epochs|\d+iters|seed\d+|unmirrored)(?=_|$)")
 

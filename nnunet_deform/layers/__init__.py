@@ -1,6 +1,6 @@
 """Modules that wire operators together. They know no network and nothing of nnU-Net."""
 
-from nnunet_deform.layers.deform import DeformConv
+from nnunet_deform.layers.deform import DeformConv, offset_parameters
 from nnunet_deform.layers.lightmed import (
     AnchorDetector,
     ChannelAffine,
@@ -29,5 +29,6 @@ __all__ = [
     "RunningNorm",
     "SqueezeExcite",
     "UpBlock",
+    "offset_parameters",
     "set_temperature",
 ]

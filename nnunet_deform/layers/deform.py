@@ -131,6 +131,12 @@ class DeformConv(nn.Module):
         return torch.stack(by_axis, dim=2).flatten(1, 2)
 
 
+def offset_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters of every offset branch in ``network``."""
+    branches = [m.offset for m in network.modules() if isinstance(m, DeformConv) and m.offset is not None]
+    return [parameter for branch in branches for parameter in branch.parameters()]
+
+
 class _PlanarProjection(torch.autograd.Function):
     """A 1x1 convolution of channels-last voxels that writes each output channel as one plane, with no copy either way.
 

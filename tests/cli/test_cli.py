@@ -207,6 +207,14 @@ def only_problem(result) -> str:
         ("nnUNetTrainerDeformUX_4epochs_AdamW", "its name is nnUNetTrainerDeformUX_AdamW_4epochs."),
         ("nnUNetTrainer_seed1_2epochs3iters", "its name is nnUNetTrainer_2epochs3iters_seed1."),
         ("nnUNetTrainer_unmirrored_seed1_AdamW", "its name is nnUNetTrainer_AdamW_seed1_unmirrored."),
+        ("nnUNetTrainer_lr8e-3_AdamW_seed1", "its name is nnUNetTrainer_AdamW_lr8e-3_seed1."),
+        ("nnUNetTrainer_AdamW_4epochs_lr1.6e-2", "its name is nnUNetTrainer_AdamW_lr1.6e-2_4epochs."),
+        ("nnUNetTrainer_AdamW_lrfast_4epochs", "the learning rate 'fast' after _lr is no positive number; write"),
+        ("nnUNetTrainer_4epochs_lr-1e-3", "the learning rate '-1e-3' after _lr is no positive number; write"),
+        (
+            "nnUNetTrainerOfMine_lrfinder",
+            "neither a trainer of nnunet-deform or nnU-Net nor a variant of one; if it is",
+        ),
         ("nnUNetTrainerDeformUx_AdamW", "(did you mean nnUNetTrainerDeformUX?)"),
         (
             "nnUNetTrainerOfMine",

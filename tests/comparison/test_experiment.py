@@ -77,6 +77,7 @@ def test_repeats_of_all_arms_on_all_folds(load):
         ("name: small\n", "", 1, "name: is missing"),
         ("    trainer: nnUNetTrainer_AdamW\n", "", 6, "arms[0].trainer: is missing"),
         ("nnUNetTrainer_AdamW", "AdamW", 7, "'AdamW' is no trainer's name"),
+        ("nnUNetTrainer_AdamW", "nnUNetTrainer_AdamW_lr8e/3", 7, "is no trainer's name"),
         ("nnUNetTrainer_AdamW", "nnUNetTrainer__AdamW", 7, "is no trainer's name"),
         ("nnUNetTrainer_AdamW", "nnUNetTrainer_5epochs", 7, "fixes '_5epochs' by name"),
         ("nnUNetTrainer_AdamW", "nnUNetTrainer_seed1", 7, "fixes '_seed1' by name"),

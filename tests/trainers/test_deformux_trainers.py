@@ -13,7 +13,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_deform.networks import DeformUXNet
 from nnunet_deform.networks.deformux import DepthwiseScaling, Mlp
 from nnunet_deform.trainers import base as trainer_base
-from nnunet_deform.trainers import nnUNetTrainerDeformUX, nnUNetTrainerDeformUX_paper
+from nnunet_deform.trainers import (
+    nnUNetTrainerDeformUX,
+    nnUNetTrainerDeformUX_opOff,
+    nnUNetTrainerDeformUX_paper,
+)
 from nnunet_deform.trainers.variants import find_trainer
 
 TWO_LEVELS = ((1, 1, 1), (2, 2, 2))
@@ -100,6 +104,117 @@ def test_paper_recipe(make_trainer) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == 1e-4
     trainer.lr_scheduler.step(12)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.9e-4)
+
+
+def offset_names(trainer: nnUNetTrainer) -> set[str]:
+    return {name for name, _ in trainer.network.named_parameters() if ".offset." in name}
+
+
+RECIPES = ["nnUNetTrainerDeformUX{}", "nnUNetTrainerDeformUX{}_AdamW", "nnUNetTrainerDeformUX_paper"]
+
+
+@pytest.fixture(params=RECIPES)
+def with_offset_rate(request, make_trainer, monkeypatch):
+    """Returns make(factor, suffixes, **options): a trainer of each recipe with the factor 1, 3 or 10."""
+
+    def make(factor: int, suffixes: str, **options) -> nnUNetTrainer:
+        # The paper's recipe has no trainers with factors, so its class gets one, as a subclass of two lines would.
+        monkeypatch.setattr(nnUNetTrainerDeformUX_paper, "offset_rate", factor)
+        name = request.param.format("" if factor == 1 else f"_offsetRate{factor}")
+        return make_trainer(find_trainer(name + suffixes), **options)
+
+    return make
+
+
+def test_offset_branches_at_a_multiple_of_the_rate(with_offset_rate) -> None:
+    groups, rates = {}, {}
+    for factor in (1, 3, 10):
+        trainer = with_offset_rate(factor, "_4epochs5iters_seed0")
+        trainer.initialize()
+        trainer.logger.local_logger.my_fantastic_logging["val_losses"] = [0.0] * 4
+        names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
+        groups[factor] = trainer.optimizer.param_groups
+        rates[factor] = []
+        positions = [(0,), (0, 3), (2,), (3, 4)] if "AdamW" in type(trainer).__name__ else [(0,), (1,), (3,)]
+        for position in positions:
+            trainer.lr_scheduler.step(*position)
+            rates[factor].append([group["lr"] for group in groups[factor]])
+        # Every parameter once.
+        in_groups = [names[id(parameter)] for group in groups[factor] for parameter in group["params"]]
+        assert sorted(in_groups) == sorted(names.values())
+        assert len(offset_names(trainer)) == 8
+        own = [group for group in groups[factor] if "rate_factor" in group]
+        moved = {names[id(parameter)] for group in own for parameter in group["params"]}
+        assert moved == (offset_names(trainer) if factor > 1 else set())
+    usual = len(groups[1])
+    for factor in (3, 10):
+        assert len(groups[factor]) == 2 * usual
+        for group, stock in zip(groups[factor], groups[1] * 2, strict=True):
+            options = ({key: value for key, value in g.items() if "lr" not in key} for g in (group, stock))
+            one, two = ({k: v for k, v in o.items() if k not in ("params", "rate_factor")} for o in options)
+            assert one == two
+        for now, alone in zip(rates[factor], rates[1], strict=True):
+            assert now == pytest.approx(alone + [factor * rate for rate in alone], rel=1e-12)
+
+
+def test_a_first_step_of_sgd_moves_the_offsets_by_the_factor(make_trainer) -> None:
+    moved = {}
+    for factor, name in ((1, "nnUNetTrainerDeformUX"), (10, "nnUNetTrainerDeformUX_offsetRate10")):
+        trainer = make_trainer(find_trainer(f"{name}_2epochs1iters_seed0"))
+        trainer.initialize()
+        trainer.dataloader_train, _ = trainer.get_dataloaders()
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        trainer.train_step(next(trainer.dataloader_train))
+        moved[factor] = weights(trainer)
+        offsets = offset_names(trainer)
+    for key, value in moved[1].items():
+        if key in offsets:
+            torch.testing.assert_close(moved[10][key], 10 * value, rtol=1e-5, atol=0)
+        else:
+            assert torch.equal(moved[10][key], value)
+    assert any(moved[1][key].any() for key in offsets)
+
+
+def test_offset_rates_are_continued_bit_equal(with_offset_rate) -> None:
+    undisturbed = with_offset_rate(10, "_3epochs1iters_seed1", results="undisturbed")
+    undisturbed.save_every = 1
+    undisturbed.run_training()
+
+    killed = with_offset_rate(10, "_3epochs1iters_seed1", results="killed")
+    killed.save_every = 1
+    epoch_start = killed.on_train_epoch_start
+
+    def die_in_the_second_epoch() -> None:
+        epoch_start()
+        if killed.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    killed.on_train_epoch_start = die_in_the_second_epoch
+    with pytest.raises(KeyboardInterrupt):
+        killed.run_training()
+    continued = with_offset_rate(10, "_3epochs1iters_seed1", results="killed")
+    continued.load_checkpoint(os.path.join(continued.output_folder, "checkpoint_latest.pth"))
+    assert continued.current_epoch == 1
+    continued.run_training()
+    one, two = weights(undisturbed), weights(continued)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    rates = [[group["lr"] for group in trainer.optimizer.param_groups] for trainer in (undisturbed, continued)]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("rate", [0, -3, float("nan"), float("inf"), "3"])
+def test_an_offset_rate_that_is_no_positive_number_leaves_nothing_behind(make_trainer, tmp_path, rate) -> None:
+    trainer_class = type("nnUNetTrainerMine", (nnUNetTrainerDeformUX,), {"offset_rate": rate})
+    with pytest.raises(ValueError, match=f"offset_rate={rate!r} of nnUNetTrainerMine must be a positive number"):
+        make_trainer(trainer_class)
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_offset_rate_without_offsets(make_trainer) -> None:
+    trainer_class = type("nnUNetTrainerMine", (nnUNetTrainerDeformUX_opOff,), {"offset_rate": 3})
+    with pytest.raises(ValueError, match="has nothing to act on: its network has no offset branch"):
+        make_trainer(trainer_class).initialize()
 
 
 @pytest.mark.parametrize("name", ["nnUNetTrainerDeformUX_AdamW", "nnUNetTrainer"])

@@ -221,11 +221,91 @@ def test_a_scaler_may_not_skip_more_steps_of_a_fused_optimiser_either(started, m
     assert offender(str(error.value)).startswith(layer)
 
 
-def test_a_scaler_does_not_hide_the_loss(started) -> None:
-    trainer = started("nnUNetTrainerMAGIC")
-    trainer.grad_scaler = torch.amp.GradScaler("cpu")
+class CountingScaler(torch.amp.GradScaler):
+    """A GradScaler that works on this device and keeps its scale and whether the optimiser was called, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.history: list[tuple[float, bool]] = []
+
+    def step(self, optimizer: torch.optim.Optimizer, *args, **options):
+        self._called = False
+        handle = optimizer.register_step_pre_hook(lambda *_: setattr(self, "_called", True))
+        super().step(optimizer, *args, **options)
+        handle.remove()
+
+    def update(self, *args, **options) -> None:
+        super().update(*args, **options)
+        self.history.append((self.get_scale(), self._called))
+
+
+def test_with_a_scaler_a_stock_trainer_with_a_suffix_is_stock(make_trainer) -> None:
+    """Broken losses, broken gradients and good steps in turn: weights, scales, calls of the optimiser and the log."""
+    # Broken are 1 and 2 by the loss, 4 by a gradient; 20 in a row from 6 on, and one after a good step.
+    kinds = ["good", "loss", "loss", "good", "gradient", "good", *["loss", "gradient"] * 10, "good", "loss"]
+    trained = []
+    for trainer_class in (find_trainer("nnUNetTrainer_2epochs1iters"), nnUNetTrainer):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002 (the generator nnU-Net's loaders draw from)
+        trainer = make_trainer(trainer_class)
+        trainer.initialize()
+        trainer.grad_scaler = CountingScaler()
+        trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+        trainer.on_train_epoch_start()
+        batch = next(trainer.dataloader_train)
+        layer, results = trainer.network.encoder.stages[1], []
+        for kind in kinds:
+            if kind == "loss":
+                break_output(trainer, "encoder.stages.1", torch.inf)
+            elif kind == "gradient":
+                layer.register_forward_hook(lambda *args: PoisonedGradient.apply(args[-1]))
+            results.append(trainer.train_step(batch))
+            layer._forward_hooks.clear()
+        trainer.on_train_epoch_end(results)
+        trained.append((trainer, np.array([result["loss"] for result in results])))
+    (ours, our_losses), (stock, stock_losses) = trained
+    assert np.isnan(stock_losses).sum() == kinds.count("loss")
+    assert np.array_equal(our_losses, stock_losses, equal_nan=True)
+    assert ours.grad_scaler.history == stock.grad_scaler.history
+    assert [called for _, called in stock.grad_scaler.history] == [kind == "good" for kind in kinds]
+    assert ours.grad_scaler.get_scale() == 2.0 ** (16 - kinds.count("loss") - kinds.count("gradient"))
+    one, two = state(ours), state(stock)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    # nnU-Net logs the mean as it is.
+    assert np.isnan(ours.logger.get_value("train_losses", step=0))
+    assert np.isnan(stock.logger.get_value("train_losses", step=0))
+
+
+def test_with_a_scaler_losses_stop_it_after_as_many_skipped_steps(started) -> None:
+    trainer = started("nnUNetTrainer")
+    trainer.grad_scaler = CountingScaler()
     break_output(trainer, "encoder.stages.1", torch.inf)
-    assert offender(stopped(trainer)) == "encoder.stages.1"
+    before = state(trainer)
+    for _ in range(MAX_SKIPPED_STEPS):
+        assert np.isnan(trainer.train_step(trainer.batch)["loss"])
+    with pytest.raises(
+        FloatingPointError, match=r"the step was skipped, 21 times in a row \(the last loss is nan\)"
+    ) as error:
+        trainer.train_step(trainer.batch)
+    assert offender(str(error.value)) == "encoder.stages.1"
+    after = state(trainer)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_epoch_with_a_skipped_loss_goes_on(make_trainer, monkeypatch) -> None:
+    """Through nnU-Net's own epoch end, its log and its plot."""
+    trainer = make_trainer(find_trainer("nnUNetTrainerLightMedSeg_2epochs2iters_seed0"))
+    trainer.initialize()
+    trainer.grad_scaler = CountingScaler()
+    once = [torch.nan]
+    trainer.network.encoder.stages[1].register_forward_hook(
+        lambda module, arguments, output: output * (once.pop() if once else 1)
+    )
+    trainer.run_training()
+    first, second = trainer.logger.get_value("train_losses", step=None)
+    assert np.isnan(first)
+    assert np.isfinite(second)
+    assert [called for _, called in trainer.grad_scaler.history] == [False, True, True, True]
 
 
 class Wrapped(nn.Module):

@@ -25,6 +25,10 @@ VARIANTS = [
     "nnUNetTrainerLightMedSegStandard_4epochs20iters",
     "nnUNetTrainer_unmirrored",
     "nnUNetTrainer_AdamW_4epochs20iters_seed1_unmirrored",
+    "nnUNetTrainer_lr1e-3",
+    "nnUNetTrainerLightMedSeg_AdamW_lr8e-3",
+    "nnUNetTrainerDeformUX_AdamW_lr1.6e-2_4epochs20iters_seed1_unmirrored",
+    "nnUNetTrainerMAGIC_AdamW_lr0.016_4epochs20iters_seed1",
 ]
 
 
@@ -44,8 +48,10 @@ def test_nnunet_finds_the_same_picklable_class_each_time(name: str) -> None:
     assert pickle.loads(pickle.dumps(found)) is found
 
 
-def test_another_process_unpickles_a_variant() -> None:
-    name = "nnUNetTrainerDeformUX_AdamW_2epochs3iters_seed5"
+@pytest.mark.parametrize(
+    "name", ["nnUNetTrainerDeformUX_AdamW_2epochs3iters_seed5", "nnUNetTrainerDeformUX_AdamW_lr1.6e-2_2epochs_seed5"]
+)
+def test_another_process_unpickles_a_variant(name) -> None:
     pickled = pickle.dumps(find_trainer(name))
     code = f"import pickle; print(pickle.loads({pickled!r}).__name__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -67,12 +73,24 @@ def test_another_process_unpickles_a_variant() -> None:
         "nnUNetTrainerDeformUX_seed",
         "nnUNetTrainerDeformUX__AdamW",
         "nnUNetTrainerDeformUX_unmirrored_seed1",
+        "nnUNetTrainerDeformUX_lr8e-3_AdamW",
+        "nnUNetTrainerDeformUX_4epochs_lr8e-3",
+        "nnUNetTrainerDeformUX_lr8e-3_lr8e-3",
+        "nnUNetTrainerNobody_lr8e-3",
         "DeformUX_AdamW",
     ],
 )
 def test_other_names_are_left_to_other_folders(name: str) -> None:
     with pytest.raises(AttributeError, match=name.split("_")[0]):
         find_trainer(name)
+
+
+@pytest.mark.parametrize("rate", ["", "fast", "0", "0.0e-3", "-1e-3", "nan", "inf", "1e999", "1e-999", "8e", "1,6e-2"])
+def test_a_rate_that_is_no_positive_number(rate) -> None:
+    for suffixes in ("_AdamW_lr{}", "_lr{}_4epochs_seed1"):
+        name = "nnUNetTrainerLightMedSeg" + suffixes.format(rate)
+        with pytest.raises(AttributeError, match=f"^the learning rate '{rate}' after _lr is no positive"):
+            find_trainer(name)
 
 
 def test_built_in_names_win() -> None:
@@ -136,6 +154,44 @@ def test_adamw_rate_changes_with_each_iteration(make_trainer) -> None:
     # A warm-up of 0.2 epochs is one iteration: the first has the full rate, the tenth is the cosine's end.
     cosine = [1e-6 + (1e-3 - 1e-6) * (1 + torch.cos(torch.tensor(torch.pi * i / 9)).item()) / 2 for i in range(10)]
     assert rates == pytest.approx(cosine, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "rate"),
+    [
+        ("nnUNetTrainer_AdamW_lr8e-3", torch.optim.AdamW, 8e-3),
+        ("nnUNetTrainer_AdamW_lr0.008_4epochs20iters_seed1", torch.optim.AdamW, 8e-3),
+        ("nnUNetTrainerLightMedSeg_AdamW_lr1.6e-2", torch.optim.AdamW, 1.6e-2),
+        ("nnUNetTrainerLightMedSeg_lr2e-3", torch.optim.AdamW, 2e-3),
+        ("nnUNetTrainer_lr1e-3", torch.optim.SGD, 1e-3),
+        ("nnUNetTrainerDeformUX_lr1", torch.optim.SGD, 1.0),
+        ("nnUNetTrainerDeformUX_paper_lr5e-5", torch.optim.AdamW, 5e-5),
+        ("nnUNetTrainerVanillaAdam3en4_lr1e-3_2epochs", torch.optim.Adam, 1e-3),
+        ("nnUNetTrainerCosAnneal_lr1e-3", torch.optim.SGD, 1e-3),
+        ("nnUNetTrainer_warmup_lr1e-3", torch.optim.SGD, 1e-3),
+    ],
+)
+def test_rate(make_trainer, name, optimizer, rate) -> None:
+    trainer = make_trainer(find_trainer(name))
+    trainer.initialize()
+    assert type(trainer.optimizer) is optimizer
+    assert trainer.initial_lr == rate
+    if "warmup" not in name:  # which starts below it
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {rate}
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerLightMedSeg_AdamW_lr8e-3", "nnUNetTrainerLightMedSeg_lr8e-3"])
+def test_a_rate_is_all_that_its_suffix_changes(make_trainer, name) -> None:
+    """Also at each iteration: the schedule is that of the recipe times 8."""
+    rates = {}
+    for variant in (name, name.replace("8e-3", "1e-3")):
+        trainer = make_trainer(find_trainer(f"{variant}_2epochs5iters"))
+        trainer.initialize()
+        assert trainer.warmup_epochs == 0.2
+        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [1e-4, 0.0]
+        rates[variant] = [trainer.lr_scheduler.rate(i) - 1e-6 for i in range(10)]
+    ratio = (8e-3 - 1e-6) / (1e-3 - 1e-6)
+    assert rates[name] == pytest.approx([ratio * rate for rate in rates[name.replace("8e-3", "1e-3")]], abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "axes"), [("nnUNetTrainer_2epochs", (0, 1, 2)), ("nnUNetTrainer_unmirrored", None)])
