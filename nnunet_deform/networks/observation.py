@@ -58,14 +58,15 @@ class Offsets(Observation):
     kernel_size: tuple[int, ...]
 
     def outside(self) -> float:
-        """The share of samples, one for each tap at each voxel, where the operator reads nothing but the zeros around
-        the volume: at most -1, or at least the size, along some axis."""
+        """The share of samples, one for each tap at each voxel, that lie beyond the volume's outer faces, half a voxel
+        from the centres of its outermost voxels, along some axis. Half a voxel further the operator reads zeros only;
+        a limit there would be crossed by the slightest offset of a padded kernel's outermost taps."""
         outside = torch.zeros_like(self.values[:, :, 0], dtype=torch.bool)
         for axis, (size, taps) in enumerate(zip(self.values.shape[3:], self._taps(), strict=True)):
             voxels = torch.arange(size, device=self.values.device)
             voxels = voxels.view([size if a == axis else 1 for a in range(len(self.kernel_size))])
             position = self.values[:, :, axis] + (taps.view(-1, *[1] * len(self.kernel_size)) + voxels)
-            outside |= (position <= -1) | (position >= size)
+            outside |= (position < -0.5) | (position > size - 0.5)
         return float(outside.float().mean())
 
     def outside_undeformed(self) -> float:
@@ -305,5 +306,6 @@ def read_epochs(file: Path) -> dict[int, Values]:
             content = json.loads(line)
         except json.JSONDecodeError:
             continue
-        epochs[content.pop("epoch")] = {key: math.nan if value is None else value for key, value in content.items()}
+        epoch = content.pop("epoch")
+        epochs[epoch] = {key: math.nan if value is None else value for key, value in content.items()}
     return epochs

@@ -158,11 +158,12 @@ def test_samples_outside_are_counted_exactly():
     # A row of three taps, -1, 0 and 1 along an axis of five: the outer two leave at one end each.
     assert outside((0, 0)) == pytest.approx(2 / 15)
     assert Offsets(torch.zeros(1, 3, 2, 4, 5), 1, (1, 3)).outside_undeformed() == pytest.approx(2 / 15)
-    # Half a voxel inwards: one end is back, and at the other one positions of 5.5 are joined by none.
+    # Half a voxel along the axis: one end is just back, the other one's 4.5 is just inside.
     assert outside((0, 0.5)) == pytest.approx(1 / 15)
     assert outside((0, 1)) == pytest.approx((0 + 1 + 2) / 15)
     assert outside((-1, 0)) == pytest.approx(1 - 3 / 4 * 13 / 15)
-    assert outside((-0.999, 0)) == pytest.approx(2 / 15)
+    assert outside((-0.49, 0)) == pytest.approx(2 / 15)
+    assert outside((0, 0.01)) == pytest.approx(2 / 15)
     assert outside((4, 0)) == 1
 
 
@@ -297,6 +298,7 @@ def test_epochs_of_a_stopped_run_are_replaced(tmp_path):
     ]
     found = read_epochs(file)
     assert list(found) == [0, 1, 2]
+    assert found[0] == {"a": 0.5}
     assert math.isnan(found[2]["a"])
     assert found[2]["b"] == 7
     assert [path.name for path in tmp_path.iterdir()] == ["operators.jsonl"]
