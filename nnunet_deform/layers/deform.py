@@ -105,14 +105,17 @@ class DeformConv(nn.Module):
         if self.offset is None:
             conv = F.conv2d if self.ndim == 2 else F.conv3d
             return conv(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        op = deform_conv2d if self.ndim == 2 else deform_conv3d
+        return op(x, self.offsets(x), self.weight, self.bias, padding=self.padding)
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """Of a deformable layer, in voxels: [B, C, *spatial] -> [B, taps*ndim, *spatial], a tap's axes side by side."""
         # Offsets are coordinates: half precision would round them to a fraction of a voxel.
         with autocast_disabled(x.device.type):
             offset = self._project(x.to(self.offset.weight.dtype))
             if self.offset_clamp is not None:
                 offset = offset.clamp(-self.offset_clamp, self.offset_clamp)
-            offset = self._on_all_axes(offset)
-        op = deform_conv2d if self.ndim == 2 else deform_conv3d
-        return op(x, offset, self.weight, self.bias, padding=self.padding)
+            return self._on_all_axes(offset)
 
     def _project(self, x: Tensor) -> Tensor:
         if any(k > 1 for k in self.offset.kernel_size):

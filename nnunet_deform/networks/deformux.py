@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nnunet_deform.layers import ChannelLayerNorm, ConvStyle, DeformConv, ResidualBlock, UpBlock
 from nnunet_deform.layers.deform import OffsetAxes
 from nnunet_deform.networks.memory import STORED_PER_COUNTED
+from nnunet_deform.networks.observation import Offsets, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
 from nnunet_deform.ops import CHANNELS_LAST
@@ -370,6 +371,21 @@ class DeformUXNet(nn.Module):
             kept = sum(block.kept_per_voxel for block in stage)
             total += (norm.normalized_shape[0] + kept / STORED_PER_COUNTED) * v
         return round(total)
+
+    def observe_operators(self, x: Tensor) -> dict[str, Offsets]:
+        """The offsets of each deformable convolution, for images [B, C, *spatial], in evaluation mode."""
+        levels = {
+            name: level
+            for level, stage in enumerate(self.encoder.stages, start=1)
+            for name, layer in stage.named_modules(prefix=f"encoder.stages.{level - 1}")
+            if isinstance(layer, DeformConv) and layer.offset is not None
+        }
+
+        def look(name: str, layer: DeformConv, features: Tensor, _: Tensor) -> Offsets:
+            offsets = layer.offsets(features).unflatten(1, (layer.taps, layer.ndim))
+            return Offsets(offsets, levels[name], layer.kernel_size)
+
+        return recorded(self, x, {name: self.get_submodule(name) for name in levels}, look) if levels else {}
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

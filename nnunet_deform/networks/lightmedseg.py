@@ -67,6 +67,7 @@ from nnunet_deform.layers.few_channels import (
 )
 from nnunet_deform.layers.lightmed import ghost_or_standard
 from nnunet_deform.networks.memory import STORED_PER_COUNTED, kept_by_autograd
+from nnunet_deform.networks.observation import Anchors, Observation, Routing, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
 from nnunet_deform.ops import CHANNELS_LAST, concatenate_channels
@@ -157,7 +158,9 @@ class SkipRouter(nn.Module):
         self.controllers: nn.ModuleList | None = None
         if learned:
             self.controllers = nn.ModuleList(
-                nn.Sequential(pointwise_conv(ndim, n * common, common), nn.SiLU(), pointwise_conv(ndim, common, n))
+                nn.Sequential(
+                    pointwise_conv(ndim, n * common, common), nn.SiLU(), pointwise_conv(ndim, common, n), nn.Softmax(1)
+                )
                 for _ in outputs
             )
         self.outputs = nn.ModuleList(pointwise_conv(ndim, common, width) for width in outputs)
@@ -169,7 +172,7 @@ class SkipRouter(nn.Module):
         ]
         if self.controllers is None:
             return self.outputs[stage](sum(projected) / len(projected))
-        weights = self.controllers[stage](torch.cat(projected, dim=1)).softmax(1).split(1, dim=1)
+        weights = self.controllers[stage](torch.cat(projected, dim=1)).split(1, dim=1)
         return self.outputs[stage](sum(weight * feature for weight, feature in zip(weights, projected, strict=True)))
 
 
@@ -462,6 +465,21 @@ class LightMedSeg(nn.Module):
         """Elements that training keeps for one sample of this spatial size, in nnU-Net's count of its own networks:
         what autograd keeps, divided by 1.85."""
         return round(kept_by_autograd(self, (1, self.input_channels, *input_size)) / STORED_PER_COUNTED)
+
+    def observe_operators(self, x: Tensor) -> dict[str, Observation]:
+        """The anchors, where they steer the encoder, and the weights of the learned router at each decoder stage that
+        asks it, for images [B, C, *spatial], in evaluation mode."""
+        layers: dict[str, nn.Module] = {}
+        if any(isinstance(stage.modulation, FiLM) for stage in self.encoder.stages):
+            layers["anchor_detector"] = self.anchor_detector
+        if self.decoder.router is not None and self.decoder.router.controllers is not None:
+            routed = enumerate(self.decoder.router.controllers)
+            layers |= {f"decoder.router.controllers.{stage}": controller for stage, controller in routed}
+
+        def look(_: str, layer: nn.Module, __: Tensor, output: Tensor) -> Observation:
+            return Anchors(output) if isinstance(layer, AnchorDetector) else Routing(output)
+
+        return recorded(self, x, layers, look) if layers else {}
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import MagicConv, MagicConv2d, MagicConv3d
 from nnunet_deform.networks.memory import STORED_PER_COUNTED
+from nnunet_deform.networks.observation import MixingWeights, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import crop_to_image, pad_to_levels, padded_size
 
@@ -157,22 +158,13 @@ class MagicUNet(nn.Module):
 
     def mixing_weights(self, x: Tensor) -> dict[str, Tensor]:
         """The weight of each kernel for each sample, [B, K], by the name of the convolution, in evaluation mode."""
-        seen: dict[str, Tensor] = {}
+        return recorded(self, x, self.magic_convs(), lambda _, conv, features, output: conv.mixing_weights(features))
 
-        def look(name: str, conv: MagicConv, inputs: tuple[Tensor]) -> None:
-            seen[name] = conv.mixing_weights(inputs[0])
-
-        hooks = [conv.register_forward_pre_hook(partial(look, name)) for name, conv in self.magic_convs().items()]
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                self(x)
-        finally:
-            self.train(training)
-            for hook in hooks:
-                hook.remove()
-        return seen
+    def observe_operators(self, x: Tensor) -> dict[str, MixingWeights]:
+        """:meth:`mixing_weights` of the convolutions whose kernels depend on the sample."""
+        if not any(conv.dynamic for conv in self.magic_convs().values()):
+            return {}
+        return {name: MixingWeights(weights) for name, weights in self.mixing_weights(x).items()}
 
     def freeze_kernels(self, calibration: Iterable[Tensor]) -> "MagicUNet":
         """A copy without dynamics for deployment: each dynamic convolution a plain one, its kernels mixed with their

@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_deform import __version__
+from nnunet_deform.comparison import operators
 from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis, Hypothesis, MetricAnalysis, analyse, few_seeds
 from nnunet_deform.comparison.collect import Collected, collect, test_commands
 from nnunet_deform.comparison.cost import Cost, read_cost
@@ -49,7 +50,9 @@ def build_report(file: Path, declaration: Mapping[str, Any]) -> Path:
     analysis = analyse(experiment, collected.cases, incomplete_arms(experiment, collected))
     folder = folders.output / "report"
     write_tables(folder, analysis, collected)
-    write_text(folder / "report.html", _render(experiment, file, folders, collected, analysis, declaration))
+    histories = operators.read_histories(list_trainings(experiment, folders), folders.results)
+    operators.last_epochs(histories).to_csv(folder / "operators.csv", index=False)
+    write_text(folder / "report.html", _render(experiment, file, folders, collected, analysis, histories, declaration))
     return folder / "report.html"
 
 
@@ -200,6 +203,7 @@ def _render(
     folders: Folders,
     collected: Collected,
     analysis: Analysis,
+    histories: operators.Histories,
     declaration: Mapping[str, Any],
 ) -> str:
     trainings = list_trainings(experiment, folders)
@@ -215,6 +219,13 @@ def _render(
         summary=analysis.summary,
         cautions=_cautions(experiment, folders, collected, analysis, records, declaration),
         hypotheses=[(hypothesis, _hypothesis_cells(hypothesis)) for hypothesis in analysis.hypotheses],
+        operators=[_operators_section(experiment, d, n, histories) for n, d in enumerate(analysis.datasets)],
+        operator_cautions=[
+            operators.caution(
+                experiment, operators.of_dataset(histories, h.dataset, h.configuration), h.first, h.second
+            )
+            for h in analysis.hypotheses
+        ],
         experiment=experiment,
         experiment_text=file.read_text(encoding="utf-8"),
         required_seeds=REQUIRED_SEEDS,
@@ -427,6 +438,22 @@ def _dataset_section(
         section["pareto"] = figures.pareto(dataset, primary, costs, f"pareto-{number}")
     section["overlays"] = _overlays(dataset, primary, of_arm, folders, experiment)
     return section
+
+
+def _operators_section(
+    experiment: Experiment, dataset: DatasetAnalysis, number: int, histories: operators.Histories
+) -> dict[str, Any] | None:
+    """What the operators of a dataset's arms did, and which contrasts are empty; None where no arm wrote of any."""
+    mine = operators.of_dataset(histories, dataset.dataset, dataset.configuration)
+    arms = [arm.name for arm in experiment.arms]
+    panels = [(m.title, m.threshold, curves) for m in operators.MEASURES if (curves := operators.curves(mine, m))]
+    if not panels:
+        return None
+    return {
+        "figure": figures.operator_values(arms, panels, f"operators{number}"),
+        "rows": operators.rows(mine, arms),
+        "cautions": operators.cautions(experiment, mine, arms),
+    }
 
 
 def _cost_cells(cost: Cost) -> list[str]:

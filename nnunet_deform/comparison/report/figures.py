@@ -246,6 +246,43 @@ def learning_curves(arms: Sequence[str], curves: Mapping[str, Sequence[Curve]], 
         return _svg(figure, name)
 
 
+Panel = tuple[str, float | None, Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]]]
+_POINTS = 200  # of a line; more are not told apart
+
+
+def operator_values(arms: Sequence[str], panels: Sequence[Panel], name: str) -> str:
+    """Numbers over epochs, a panel each: a line for each training, dashed the limit below which an operator is idle.
+
+    Args:
+        panels: title, limit or None, and by arm the epochs and values of each training.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, grid = _figure(7.2, 0.4 + 2.2 * len(panels), nrows=len(panels), sharex=True)
+        labelled: set[str] = set()
+        for axes, (title, limit, curves) in zip(grid[:, 0], panels, strict=True):
+            for position, arm in enumerate(arms):
+                for epochs, values in curves.get(arm, ()):
+                    # From the end, so that the last epoch is drawn.
+                    chosen = slice(None, None, -max(1, len(epochs) // _POINTS))
+                    axes.plot(
+                        epochs[chosen],
+                        values[chosen],
+                        color=colour(position),
+                        linewidth=1,
+                        marker="." if len(epochs) < 20 else None,
+                        label=None if arm in labelled else arm,
+                    )
+                    labelled.add(arm)
+            if limit is not None:
+                axes.axhline(limit, color=_INK, linestyle="--", linewidth=0.8)
+            axes.set_ylim(bottom=0)
+            axes.set_title(title, fontsize=9, loc="left")
+        grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        grid[-1, 0].set_xlabel("epoch")
+        figure.legend(loc="outside lower center", ncols=4)
+        return _svg(figure, name)
+
+
 def overlay(
     image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, labels: Sequence[int], spacing: Sequence[float]
 ) -> str:
