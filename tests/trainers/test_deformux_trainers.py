@@ -12,16 +12,23 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_deform.networks import DeformUXNet
 from nnunet_deform.networks.deformux import DepthwiseScaling, Mlp
+from nnunet_deform.plans import deformux
 from nnunet_deform.trainers import base as trainer_base
 from nnunet_deform.trainers import nnUNetTrainerDeformUX, nnUNetTrainerDeformUX_paper
 from nnunet_deform.trainers.variants import find_trainer
 
 TWO_LEVELS = ((1, 1, 1), (2, 2, 2))
 ANISOTROPIC = {
-    "patch_size": (20, 80, 64),
+    "patch_size": (8, 48, 32),
     "strides": ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
     "kernel_sizes": ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
 }
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of the paper's widths, where they do not matter."""
+    monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
 
 
 def weights(trainer: nnUNetTrainer) -> dict[str, torch.Tensor]:
@@ -102,6 +109,7 @@ def test_paper_recipe(make_trainer) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.9e-4)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", ["nnUNetTrainerDeformUX_AdamW", "nnUNetTrainer"])
 def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, name) -> None:
     seeded = find_trainer(f"{name}_4epochs2iters_seed1")
@@ -139,6 +147,7 @@ def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, 
     assert not all(torch.equal(first[key], fourth[key]) for key in first)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_stock_prediction_finds_a_variant_and_gives_the_networks_logits(make_trainer) -> None:
     trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_AdamW_1epochs1iters"))
     trainer.run_training()
@@ -155,6 +164,7 @@ def test_stock_prediction_finds_a_variant_and_gives_the_networks_logits(make_tra
     torch.testing.assert_close(predicted.float(), expected, atol=5e-3, rtol=2e-3)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     "plan",
     [{"patch_size": (96, 80), "strides": ((1, 1), *[(2, 2)] * 4)}, ANISOTROPIC],
@@ -171,6 +181,7 @@ def test_one_epoch_on_other_plans_unchanged(make_trainer, plan) -> None:
         assert stage[0].branches[0][1].offset_axes == (1, 2)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_failed_save_keeps_the_old_checkpoint(make_trainer, monkeypatch) -> None:
     trainer = make_trainer(nnUNetTrainerDeformUX)
     trainer.initialize()
@@ -189,6 +200,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(make_trainer, monkeypatch) -> No
     assert [p.name for p in path.parent.glob("checkpoint*")] == ["checkpoint_latest.pth"]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_no_checkpoint_where_checkpointing_is_disabled(make_trainer) -> None:
     trainer = make_trainer(nnUNetTrainerDeformUX)
     trainer.initialize()
@@ -209,6 +221,7 @@ def test_memory_is_reported_beside_the_stock_networks_and_advice_given_when_shor
     assert "smaller batch_size" in log
 
 
+@pytest.mark.usefixtures("narrow")
 def test_out_of_memory_ends_with_advice(make_trainer, monkeypatch) -> None:
     trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_1epochs1iters"))
 
