@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,25 +46,14 @@ def train(names: tuple[str, ...], source: Path, folder: Path) -> list[dict]:
         "OMP_NUM_THREADS": "1",
     }
     script = Path(__file__).with_name("ddp_process.py")
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder), *names],
-            env=environment,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        # When one fails, the other one would wait for it in vain.
-        while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
-            time.sleep(0.2)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    ended = subprocess.run(
+        [sys.executable, str(script), str(folder), *names],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
