@@ -117,7 +117,7 @@ elif name == "nnUNetv2_train":
     validation.mkdir(exist_ok=True)
     seen = json.loads((preprocessed / "splits_final.json").read_text())[int(fold)]["val"]
     rng = random.Random(f"{trainer} {fold}")
-    strength = 0.05 if "DeformUX" in trainer else 0.25
+    strength = 0.05 if "DeformUX" in trainer else 0.45
     for case in seen[: -1 if skip and skip in trainer else None]:
         time.sleep(float(os.environ.get("FAKE_SLOW", "0")) / 4)
         predict(raw / "labelsTr" / f"{case}.nii.gz", validation / f"{case}.nii.gz", strength, rng)
