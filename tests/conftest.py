@@ -1,13 +1,57 @@
-import random
+"""The default run is shared by two processes of one thread each."""
 
-import numpy as np
+import gc
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
-import torch
+
+PROCESSES = 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Distribute the default run, unless ``-n`` says otherwise. Chosen files are not worth a second process's start."""
+    option: Any = config.option
+    # The processes run this, too, and must not start processes of their own.
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.has_plugin("xdist") or option.usepdb:
+        return
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "not slow" in option.markexpr
+    if whole and option.numprocesses is None:
+        option.numprocesses = PROCESSES
+    if not option.numprocesses:
+        return
+    if option.dist == "no":
+        # Neighbours share fixtures, so each process takes half of the tests in a row; then half of the other's rest.
+        option.dist = "worksteal"
+    # Inherited by the processes. Tests of threads set a number of their own.
+    for library in ("OMP", "MKL", "OPENBLAS"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so the collections below need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Trainers refer to themselves: left to Python's own collections, gigabytes of networks would pile up."""
+    result = yield
+    gc.collect()
+    return result
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same numbers in every order of the tests, and when one is run alone."""
+    # Here, because the process that only distributes the tests needs neither.
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - nnU-Net's augmentation draws from it
     torch.manual_seed(0)

@@ -51,6 +51,8 @@ def _kept(network: nn.Module, image: Tensor) -> list[Tensor]:
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        # Detached, because an operation that holds its own output with its history is never freed.
+        tensor = tensor.detach()
         # Views of one storage are kept once. Held here, no storage is freed and its address used again.
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor

@@ -170,10 +170,9 @@ def test_status_when_a_module_of_the_users_breaks_the_lookup(run, pth, monkeypat
     assert "look-up breaks off" in result.output
 
 
-def test_status_when_the_requested_backend_does_not_exist(run, pth, monkeypatch):
-    monkeypatch.setenv(activation.VARIABLE, OURS)
+def test_status_when_the_requested_backend_does_not_exist(active, monkeypatch):
     monkeypatch.setenv("NNUNET_DEFORM_BACKEND", "abacus")
-    result = run("status")
+    result = active("status")
     assert result.exit_code == 1
     assert "Problem: On cpu: NNUNET_DEFORM_BACKEND='abacus' names no backend" in result.output
 

@@ -50,7 +50,7 @@ with commands.Interrupts() as interrupts:
 
 @pytest.fixture(scope="session")
 def undisturbed(fakes, tmp_path_factory) -> Trial:
-    """A complete run, not to be changed."""
+    """A complete run, not to be changed, and its calls."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
@@ -77,8 +77,9 @@ ARMS = (
 )
 
 
-def test_a_whole_run_then_nothing_is_done_twice(trial):
-    assert trial.run() == []
+def test_a_whole_run_then_nothing_is_done_twice(undisturbed, monkeypatch):
+    trial = undisturbed
+    monkeypatch.setenv("FAKE_CALLS", str(trial.folder.parent / "calls.jsonl"))
     calls = trial.calls()
     assert [call["name"] for call in calls[:4]] == [
         "nnUNetv2_extract_fingerprint",

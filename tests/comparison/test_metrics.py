@@ -2,12 +2,15 @@
 
 import json
 import math
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import surface_distance
+from nnunetv2.evaluation import evaluate_predictions
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
@@ -112,7 +115,10 @@ def test_empty_structures():
         assert surface_scores(*pair, (2, 1, 0.5), 1) == (0, pytest.approx(diagonal))
 
 
-def test_a_folder_with_regions_and_ignore_label(tmp_path):
+def test_a_folder_with_regions_and_ignore_label(tmp_path, monkeypatch):
+    # nnU-Net's process would import torch for seconds.
+    threads = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr(evaluate_predictions, "multiprocessing", threads)
     rng = np.random.default_rng(0)
     for name in ("truth", "predicted"):
         (tmp_path / name).mkdir()

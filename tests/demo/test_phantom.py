@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,12 +138,15 @@ def test_test_cases_are_not_training_cases(tmp_path):
     assert train.tobytes() != test.tobytes()
 
 
-def test_nnunet_accepts_the_dataset(tmp_path, capfd):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+def test_nnunet_accepts_the_dataset(tmp_path, capfd, monkeypatch):
+    from nnunetv2.experiment_planning import verify_dataset_integrity as nnunets
 
+    # Its process would import torch for seconds.
+    threads = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr(nnunets, "multiprocessing", threads)
     folder = write_phantom_dataset(tmp_path, num_train=3, num_test=1)
     assert folder == tmp_path / DATASET_NAME
-    verify_dataset_integrity(str(folder), num_processes=1)
+    nnunets.verify_dataset_integrity(str(folder), num_processes=1)
     output = capfd.readouterr().out
     assert "verify_dataset_integrity Done" in output
     assert "error:" not in output.lower()

@@ -137,6 +137,8 @@ def kept_by_autograd(module: nn.Module) -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
+        # Detached, because an operation that holds its own output with its history is never freed.
+        tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own and storage.data_ptr() not in seen:
             # Held, so that its memory is not given to another tensor and taken for the same one.

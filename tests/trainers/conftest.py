@@ -11,7 +11,16 @@ import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from phantoms import Scenario, narrow_baselines, prepare, threads_for_processes, unet_architecture, use, without_waiting
+from phantoms import (
+    Scenario,
+    narrow_baselines,
+    prepare,
+    threads_for_processes,
+    unet_architecture,
+    use,
+    without_plots,
+    without_waiting,
+)
 
 from nnunet_deform import activation
 from nnunet_deform.plans import deformux, magic
@@ -97,6 +106,7 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
+    without_plots(monkeypatch)
 
     def make(
         trainer_class: type[nnUNetTrainer],

@@ -1,13 +1,15 @@
-"""One of two processes that train networks side by side: python ddp_process.py RANK FOLDER TRAINER...
+"""Two processes that train networks side by side: python ddp_process.py FOLDER TRAINER...
 
-It wraps each trainer's network in DistributedDataParallel on a CPU and takes two steps with a batch of its own. The
+Each wraps each trainer's network in DistributedDataParallel on a CPU and takes two steps with a batch of its own. The
 trainer itself stays outside, because nnU-Net's knows only NCCL. FOLDER holds nnU-Net's folders; results go to
-FOLDER/RANK.json.
+FOLDER/RANK.json. The processes are forked after the imports, which take longer and more memory than the training.
 """
 
 import hashlib
 import json
+import multiprocessing
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,4 +71,14 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    forked = multiprocessing.get_context("fork")
+    ranks = [forked.Process(target=main, args=(rank, Path(sys.argv[1]), sys.argv[2:])) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    # When one fails, the other one would wait for it in vain.
+    while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
+        time.sleep(0.05)
+    for process in ranks:
+        process.kill()
+        process.join()
+    sys.exit(any(process.exitcode for process in ranks))

@@ -223,10 +223,15 @@ def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"nnUNet_{name}", str(folder / name))
 
 
-def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what costs seconds in each run of nnU-Net and has tests of its own: plots, and repeated look-ups."""
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out nnU-Net's plots, half a second after each epoch. Its own commands, in test_interruptions, make them."""
     monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
     monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: Path(folder, "progress.png").touch())
+
+
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what costs seconds in each run of nnU-Net and has tests of its own: plots, and repeated look-ups."""
+    without_plots(monkeypatch)
     for module in (nnunetv2.run.run_training, nnunetv2.inference.predict_from_raw_data):
         monkeypatch.setattr(module, "recursive_find_trainer_class_by_name", _find_trainer)
 

@@ -12,6 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_deform.networks import DeformUXNet
 from nnunet_deform.networks.deformux import DepthwiseScaling, Mlp
+from nnunet_deform.plans import deformux
 from nnunet_deform.trainers import base as trainer_base
 from nnunet_deform.trainers import (
     nnUNetTrainerDeformUX,
@@ -22,10 +23,16 @@ from nnunet_deform.trainers.variants import find_trainer
 
 TWO_LEVELS = ((1, 1, 1), (2, 2, 2))
 ANISOTROPIC = {
-    "patch_size": (20, 80, 64),
+    "patch_size": (8, 48, 32),
     "strides": ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
     "kernel_sizes": ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
 }
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of the paper's widths, where they do not matter."""
+    monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
 
 
 def weights(trainer: nnUNetTrainer) -> dict[str, torch.Tensor]:
@@ -157,6 +164,7 @@ def test_offset_branches_at_a_multiple_of_the_rate(with_offset_rate) -> None:
             assert now == pytest.approx(alone + [factor * rate for rate in alone], rel=1e-12)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_first_step_of_sgd_moves_the_offsets_by_the_factor(make_trainer) -> None:
     moved = {}
     for factor, name in ((1, "nnUNetTrainerDeformUX"), (10, "nnUNetTrainerDeformUX_offsetRate10")):
@@ -176,6 +184,7 @@ def test_a_first_step_of_sgd_moves_the_offsets_by_the_factor(make_trainer) -> No
     assert any(moved[1][key].any() for key in offsets)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_offset_rates_are_continued_bit_equal(with_offset_rate) -> None:
     undisturbed = with_offset_rate(10, "_3epochs1iters_seed1", results="undisturbed")
     undisturbed.save_every = 1
@@ -217,6 +226,7 @@ def test_an_offset_rate_without_offsets(make_trainer) -> None:
         make_trainer(trainer_class).initialize()
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", ["nnUNetTrainerDeformUX_AdamW", "nnUNetTrainer"])
 def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, name) -> None:
     seeded = find_trainer(f"{name}_4epochs2iters_seed1")
@@ -254,6 +264,7 @@ def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, 
     assert not all(torch.equal(first[key], fourth[key]) for key in first)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_stock_prediction_finds_a_variant_and_gives_the_networks_logits(make_trainer) -> None:
     trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_AdamW_1epochs1iters"))
     trainer.run_training()
@@ -270,6 +281,7 @@ def test_stock_prediction_finds_a_variant_and_gives_the_networks_logits(make_tra
     torch.testing.assert_close(predicted.float(), expected, atol=5e-3, rtol=2e-3)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     "plan",
     [{"patch_size": (96, 80), "strides": ((1, 1), *[(2, 2)] * 4)}, ANISOTROPIC],
@@ -286,6 +298,7 @@ def test_one_epoch_on_other_plans_unchanged(make_trainer, plan) -> None:
         assert stage[0].branches[0][1].offset_axes == (1, 2)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_failed_save_keeps_the_old_checkpoint(make_trainer, monkeypatch) -> None:
     trainer = make_trainer(nnUNetTrainerDeformUX)
     trainer.initialize()
@@ -304,6 +317,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(make_trainer, monkeypatch) -> No
     assert [p.name for p in path.parent.glob("checkpoint*")] == ["checkpoint_latest.pth"]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_no_checkpoint_where_checkpointing_is_disabled(make_trainer) -> None:
     trainer = make_trainer(nnUNetTrainerDeformUX)
     trainer.initialize()
@@ -324,6 +338,7 @@ def test_memory_is_reported_beside_the_stock_networks_and_advice_given_when_shor
     assert "smaller batch_size" in log
 
 
+@pytest.mark.usefixtures("narrow")
 def test_out_of_memory_ends_with_advice(make_trainer, monkeypatch) -> None:
     trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_1epochs1iters"))
 

@@ -1,10 +1,11 @@
 """Two processes on a CPU train each network in DistributedDataParallel, which waits for every parameter's gradient."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,12 @@ OTHERS = tuple(name for name in trainers.__all__ if name not in (*FAST, *NOT_HER
 
 
 @pytest.fixture(scope="module")
-def results(request, prepared, tmp_path_factory) -> list[dict]:
-    """Of both processes, by trainer; for the trainers that the parameter names."""
-    folder = tmp_path_factory.mktemp("distributed")
-    source = prepared(SCENARIOS["cascade"])
+def results(prepared, tmp_path_factory) -> Callable[[tuple[str, ...]], list[dict]]:
+    """Returns results(names): of both processes, by trainer. They start once for all trainers of these names."""
+    return functools.cache(lambda names: train(names, prepared(SCENARIOS["cascade"]), tmp_path_factory.mktemp("ddp")))
+
+
+def train(names: tuple[str, ...], source: Path, folder: Path) -> list[dict]:
     preprocessed = folder / "preprocessed" / "Dataset999_Phantom"
     preprocessed.parent.mkdir()
     preprocessed.symlink_to(source / "preprocessed" / "Dataset999_Phantom")
@@ -43,38 +46,26 @@ def results(request, prepared, tmp_path_factory) -> list[dict]:
         "OMP_NUM_THREADS": "1",
     }
     script = Path(__file__).with_name("ddp_process.py")
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder), *request.param],
-            env=environment,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        # When one fails, the other one would wait for it in vain.
-        while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
-            time.sleep(0.2)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    ended = subprocess.run(
+        [sys.executable, str(script), str(folder), *names],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize(
-    ("results", "name"),
+    ("together", "name"),
     [
         *(pytest.param(FAST, name, id=name) for name in FAST),
         *(pytest.param(OTHERS, name, id=name, marks=pytest.mark.slow) for name in OTHERS),
     ],
-    indirect=["results"],
 )
-def test_equal_weights_after_two_steps_on_different_batches(results, name) -> None:
-    one, other = (result[name] for result in results)
+def test_equal_weights_after_two_steps_on_different_batches(results, together, name) -> None:
+    one, other = (result[name] for result in results(together))
     assert one["losses"][0] != other["losses"][0]
     assert one["end"] == other["end"]
     assert one["end"] != one["start"]

@@ -110,6 +110,7 @@ def test_killed_in_training_validation_and_prediction(workplace, monkeypatch, tm
         written, expected = ((f / "fold_0" / "validation" / name).read_text("latin-1") for f in (model, undisturbed))
         assert written.replace(str(model), str(undisturbed)) == expected
     assert not list(fold.glob("*.partial"))
+    assert (fold / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert contents(model / "fold_1") == finished_fold
 
     output = tmp_path / "predicted"
