@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -42,7 +41,8 @@ NETWORKS = {
     "LightMedSeg": "nnUNetTrainerLightMedSeg",
     "MAGIC": "nnUNetTrainerMAGIC",
 }
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (5e-4, 1.6e-3, 5e-3, 1.6e-2)
+STEP = 10**0.5  # from one rate to the next
 OFFSET_FACTORS = (3, 10)
 
 
@@ -216,10 +216,10 @@ def validate(trainer: Any) -> dict[str, list[float]]:
 
 
 def further_tries(network: str, best: float) -> list[Try]:
-    """The last two of a network's eight, near the best of the six rates."""
+    """the last two of a network's six, near the best of the four rates."""
     if network == "DeformUX":
         return [Try(network, best, factor) for factor in OFFSET_FACTORS]
-    return [Try(network, float(spelled(rate))) for rate in (best / math.sqrt(2), best * math.sqrt(2))]
+    return [Try(network, float(spelled(rate))) for rate in (best / STEP**0.5, best * STEP**0.5)]
 
 
 class Results:

@@ -20,7 +20,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def trained(recipes, monkeypatch) -> list:
-    """The jobs that were trained, with a Dice that is highest at 4e-3, and higher with offsets at three times it."""
+    """The jobs that were trained, with a Dice that is highest at 5e-3, and higher with offsets at three times it."""
     jobs = []
 
     def run(job, prepared) -> dict:
@@ -28,7 +28,7 @@ def trained(recipes, monkeypatch) -> list:
         result = {**recipes.asdict(job), "trainer": job.trainer}
         if job.rate == 1.6e-2 and job.seed == 1:
             return {**result, "stopped": "Training stopped in epoch 0"}
-        dice = 0.8 - abs(job.rate - 4e-3) + 0.001 * job.seed + {1: 0, 3: 0.01, 10: -0.01}[job.offset_factor]
+        dice = 0.8 - abs(job.rate - 5e-3) + 0.001 * job.seed + {1: 0, 3: 0.01, 10: -0.01}[job.offset_factor]
         return {**result, "dice": dice, "loss": -dice, "seconds": {}, "cases": {}}
 
     monkeypatch.setattr(recipes, "run", run)
@@ -38,13 +38,13 @@ def trained(recipes, monkeypatch) -> list:
 @pytest.mark.parametrize(
     ("network", "further", "chosen"),
     [
-        ("stock", [(2.8e-3, 1), (5.7e-3, 1)], (4e-3, 1)),
-        ("LightMedSeg", [(2.8e-3, 1), (5.7e-3, 1)], (4e-3, 1)),
-        ("MAGIC", [(2.8e-3, 1), (5.7e-3, 1)], (4e-3, 1)),
-        ("DeformUX", [(4e-3, 3), (4e-3, 10)], (4e-3, 3)),
+        ("stock", [(2.8e-3, 1), (8.9e-3, 1)], (5e-3, 1)),
+        ("LightMedSeg", [(2.8e-3, 1), (8.9e-3, 1)], (5e-3, 1)),
+        ("MAGIC", [(2.8e-3, 1), (8.9e-3, 1)], (5e-3, 1)),
+        ("DeformUX", [(5e-3, 3), (5e-3, 10)], (5e-3, 3)),
     ],
 )
-def test_eight_tries_for_every_network(recipes, trained, tmp_path, network, further, chosen) -> None:
+def test_six_tries_for_every_network(recipes, trained, tmp_path, network, further, chosen) -> None:
     results = recipes.Results(tmp_path / "results" / "recipes.jsonl", 500, [0, 1])
     tries = recipes.search(network, results, tmp_path)
     assert [(one.rate, one.offset_factor) for one in tries] == [(rate, 1) for rate in recipes.RATES] + further
@@ -53,16 +53,16 @@ def test_eight_tries_for_every_network(recipes, trained, tmp_path, network, furt
     ]
     assert results.best(tries) == recipes.Try(network, *chosen)
     (row,) = [line for line in recipes.table(tries, results).splitlines() if "**" in line]
-    assert row.startswith(f"| **{network}** | **4e-3** | ")
+    assert row.startswith(f"| **{network}** | **5e-3** | ")
     assert "| 1.6e-2 |" in recipes.table(tries, results)
-    assert "stopped | 0.7880, stopped | " in recipes.table(tries, results)
+    assert "stopped | 0.7890, stopped | " in recipes.table(tries, results)
 
 
 def test_what_is_done_is_not_trained_again(recipes, trained, tmp_path) -> None:
     file = tmp_path / "recipes.jsonl"
     recipes.search("stock", recipes.Results(file, 500, [0, 1]), tmp_path)
     lines = file.read_text().splitlines(keepends=True)
-    assert len(lines) == len(trained) == 16
+    assert len(lines) == len(trained) == 12
     # Killed after the fifth training.
     file.write_text("".join(lines[:5]))
     before = list(trained)
@@ -71,8 +71,8 @@ def test_what_is_done_is_not_trained_again(recipes, trained, tmp_path) -> None:
     assert trained == before[5:]
     # A different length is another search.
     recipes.search("stock", recipes.Results(file, 100, [0, 1]), tmp_path)
-    assert {job.steps for job in trained[11:]} == {100}
-    assert len(trained) == 11 + 16
+    assert {job.steps for job in trained[7:]} == {100}
+    assert len(trained) == 7 + 12
     file.write_text(lines[0] + lines[1][:30])
     with pytest.raises(SystemExit, match=r"recipes\.jsonl:2 is no result"):
         recipes.search("stock", recipes.Results(file, 500, [0, 1]), tmp_path)
