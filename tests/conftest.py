@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,16 +33,21 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays, so the collections below need not look at it."""
-    gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Trainers refer to themselves: left to Python's own collections, gigabytes of networks would pile up."""
+    started = time.perf_counter()
     result = yield
-    gc.collect()
+    file_ends = nextitem is None or nextitem.path != item.path
+    # Short tests leave little behind, and there are thousands of them.
+    if file_ends or time.perf_counter() - started > 0.2:
+        gc.collect()
+    if file_ends:
+        # What a file imported stays, so that collections need not look at it.
+        gc.freeze()
     return result
 
 
