@@ -266,7 +266,7 @@ def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, 
 
 @pytest.mark.usefixtures("narrow")
 def test_stock_prediction_finds_a_variant_and_gives_the_networks_logits(make_trainer) -> None:
-    trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_AdamW_1epochs1iters"))
+    trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_AdamW_lr1.6e-2_1epochs1iters"))
     trainer.run_training()
     predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
     predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
