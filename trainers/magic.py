@@ -1,4 +1,10 @@
-"""MAGIC in nnU-Net: the trainers, the rows of the paper's Tables 6 and 7, its rivals, and the static twin."""
+"""MAGIC in nnU-Net: the trainers, the rows of the paper's Tables 6 and 7, its rivals, and the static twin.
+
+The mode of nnUNetTrainerMAGIC is the networks' default: the paper's mixing with a standardised attention and an
+initialisation without dead kernels (:mod:`nnunet_deform.networks.magic` says why). Its subclasses inherit it, unless
+they say that they are the letter of the paper, of the released code or of another method. A checkpoint from before the
+standardisation loads in any of them, and is predicted with and trained on without it.
+"""
 
 import torch
 
@@ -6,6 +12,8 @@ from nnunet_deform.layers import set_temperature
 from nnunet_deform.plans import magic_architecture
 from nnunet_deform.trainers.base import PlannedNetworkTrainer
 from nnunet_deform.trainers.schedules import annealed_temperature
+
+_LETTER = {"attention_norm": "none", "attention_init": "released"}
 
 
 class nnUNetTrainerMAGIC(PlannedNetworkTrainer):
@@ -15,33 +23,39 @@ class nnUNetTrainerMAGIC(PlannedNetworkTrainer):
 
 
 class nnUNetTrainerMAGIC_2x(nnUNetTrainerMAGIC):
-    """Two kernels."""
+    """Two kernels, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"n_kernels": 2}
 
 
 class nnUNetTrainerMAGICResEnc(nnUNetTrainerMAGIC):
-    """ResidualEncoderUNet with two kernels in the encoder's convolutions."""
+    """ResidualEncoderUNet with two kernels in the encoder's convolutions, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"encoder": "residual"}
 
 
 class nnUNetTrainerMAGIC_static(nnUNetTrainerMAGIC):
-    """The static twin: the same parameters, each kernel always with the same weight."""
+    """The static twin of any mode: the same parameters, each kernel always with the same weight."""
 
     network_options = {"attention": "uniform", "keep_dead_attention": True}
 
 
+class nnUNetTrainerMAGIC_letter(nnUNetTrainerMAGIC):
+    """The letter of the paper, but for KR's BatchNorm: its mixing weights at temperature 1 on the bare DRF vector,
+    initialised as the released code's."""
+
+    network_options = {**_LETTER, "mixing": "paper"}
+
+
 class nnUNetTrainerMAGIC_released(nnUNetTrainerMAGIC):
-    """The released code's mixing weights in the place of the paper's, at its temperature of 30."""
+    """The letter of the released code, but for KR's BatchNorm: its mixing weights at its temperature of 30 on the bare
+    DRF vector, and its initialisation."""
 
-    network_options = {"mixing": "released"}
+    network_options = {**_LETTER, "mixing": "released"}
 
 
-class nnUNetTrainerMAGIC_annealed(nnUNetTrainerMAGIC):
-    """The released code's mixing weights, their temperature lowered by 1 an epoch from 30 to 1."""
-
-    network_options = {"mixing": "released"}
+class nnUNetTrainerMAGIC_annealed(nnUNetTrainerMAGIC_released):
+    """As released, the temperature lowered by 1 an epoch from 30 to 1, which the released code has a method for."""
 
     def __init__(
         self,
@@ -64,54 +78,55 @@ class nnUNetTrainerMAGIC_annealed(nnUNetTrainerMAGIC):
 
 
 class nnUNetTrainerMAGIC_DYConv(nnUNetTrainerMAGIC_annealed):
-    """DYConv's attention in the place of MAGIC's, annealed as there."""
+    """DYConv's attention in the place of MAGIC's, as published: annealed, on bare channel means. With
+    ``attention_norm`` these would be standardised, as nnUNetTrainerMAGIC's vector is."""
 
-    network_options = {"attention": "dyconv"}
+    network_options = {**_LETTER, "attention": "dyconv"}
 
 
 class nnUNetTrainerMAGIC_CondConv(nnUNetTrainerMAGIC):
-    """CondConv's attention in the place of MAGIC's, with its eight kernels."""
+    """CondConv's attention in the place of MAGIC's, as published: eight kernels, on bare channel means."""
 
-    network_options = {"attention": "condconv", "n_kernels": 8}
+    network_options = {**_LETTER, "attention": "condconv", "n_kernels": 8}
 
 
 class nnUNetTrainerMAGIC_spatial(nnUNetTrainerMAGIC):
-    """Table 6, the spatial branch alone."""
+    """Table 6, the spatial branch alone, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"use_channel": False, "use_global": False}
 
 
 class nnUNetTrainerMAGIC_channel(nnUNetTrainerMAGIC):
-    """Table 6, the channel branch alone."""
+    """Table 6, the channel branch alone, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"use_spatial": False, "use_global": False}
 
 
 class nnUNetTrainerMAGIC_global(nnUNetTrainerMAGIC):
-    """Table 6, the global branch alone."""
+    """Table 6, the global branch alone, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"use_spatial": False, "use_channel": False}
 
 
 class nnUNetTrainerMAGIC_spatialChannel(nnUNetTrainerMAGIC):
-    """Table 6, without the global branch."""
+    """Table 6, without the global branch, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"use_global": False}
 
 
 class nnUNetTrainerMAGIC_spatialGlobal(nnUNetTrainerMAGIC):
-    """Table 6, without the channel branch."""
+    """Table 6, without the channel branch, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"use_channel": False}
 
 
 class nnUNetTrainerMAGIC_channelGlobal(nnUNetTrainerMAGIC):
-    """Table 6, without the spatial branch."""
+    """Table 6, without the spatial branch, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"use_spatial": False}
 
 
 class nnUNetTrainerMAGIC_noKR(nnUNetTrainerMAGIC):
-    """Table 7, without kernel recalculation."""
+    """Table 7, without kernel recalculation, in nnUNetTrainerMAGIC's mode."""
 
     network_options = {"use_kr": False}

@@ -10,7 +10,7 @@ from nnunet_deform.layers.lightmed import (
     SqueezeExcite,
 )
 from nnunet_deform.layers.magic import MagicConv, MagicConv2d, MagicConv3d, set_temperature
-from nnunet_deform.layers.norm import ChannelLayerNorm
+from nnunet_deform.layers.norm import ChannelLayerNorm, RunningNorm
 from nnunet_deform.layers.residual import ConvStyle, ResidualBlock, UpBlock
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "MagicConv3d",
     "PositionBias",
     "ResidualBlock",
+    "RunningNorm",
     "SqueezeExcite",
     "UpBlock",
     "set_temperature",

@@ -18,6 +18,16 @@ mix them differently:
     paper     a = k * softmax(beta / T), T = 1                                                        (eq. 9, 10)
     released  a = softmax(k * beta / T), T = 30
 
+Neither was meant for InstanceNorm, which pins what the attention looks at: the mean of a channel behind it is nearly
+the same for every sample, and so the kernels are. Hence two options that are not the paper's, for every attention:
+
+    attention_norm   of the vector that enters the attention's first linear layer (MAGIC: bc + bs + bg), no parameters:
+                     "running" standardises each entry by its mean and variance over the samples of the training so far,
+                     "layer" each vector over its own entries.
+    attention_init   "calibrated" draws the last linear layer so that, with a standardised vector and T = 1, the logits
+                     vary over samples by about LOGIT_SPREAD. The released fan-out was meant for T = 30: at T = 1 nearly
+                     all goes to one kernel, and others get less than 1 % and no gradient.
+
 All of it is the same for every permutation of the voxels, so mirrored patches get the same kernels.
 """
 
@@ -30,15 +40,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_deform.layers.norm import RunningNorm
 from nnunet_deform.ops import ConvImpl, autocast_disabled, dynamic_conv2d, dynamic_conv3d, voxel_statistics
 from nnunet_deform.ops.checks import spatial_argument
 
 Attention = Literal["magic", "dyconv", "condconv", "uniform"]
+AttentionNorm = Literal["none", "running", "layer"]
+AttentionInit = Literal["released", "calibrated"]
+
+# Standard deviation over samples of the logits that "calibrated" aims at. With 1, shares of a quarter vary over samples
+# by about 0.15, and a kernel would need a constant of -3 in its logit to get less than 1 %.
+LOGIT_SPREAD = 1.0
+# Variance of max(0, g) for g normal with variance 1.
+_RELU_VARIANCE = (1 - 1 / math.pi) / 2
 
 _CHOICES = {
     "attention": ("magic", "dyconv", "condconv", "uniform"),
     "mixing": ("paper", "released"),
     "kr_norm": ("none", "batch"),
+    "attention_norm": ("none", "running", "layer"),
+    "attention_init": ("released", "calibrated"),
     "init": ("released", "compensated"),
     "conv_impl": ("auto", "grouped", "loop"),
 }
@@ -61,20 +82,57 @@ class ChannelAffine(nn.Module):
 
 
 class KernelAttention(nn.Module):
-    """The weights of K kernels for each sample, [B, C, *spatial] -> [B, K], computed in float32 or better."""
+    """The weights of K kernels for each sample, [B, C, *spatial] -> [B, K], computed in float32 or better.
+
+    Args:
+        channels: C.
+        norm, init: ``attention_norm`` and ``attention_init``, see the module's docstring. A state dict with an
+            attention's weights but without the statistics of "running" is one of a network without the norm: loading it
+            turns the norm off, and loading one with statistics on again.
+    """
 
     # Numbers that autograd keeps for each voxel, beside the input.
     kept_per_voxel = 0
 
+    def __init__(self, channels: int, *, norm: AttentionNorm = "none", init: AttentionInit = "released") -> None:
+        super().__init__()
+        self.init = init
+        if norm == "running":
+            self.norm = RunningNorm(channels)
+        elif norm == "layer":
+            self.norm = nn.LayerNorm(channels, elementwise_affine=False)
+        else:
+            self.norm = nn.Identity()
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        raise NotImplementedError
+
+    def last_input_variance(self) -> float:
+        """Of an entry of the last layer's input over samples, at the start and with a standardised vector."""
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
-        """Kaiming normal by fan-out, biases zero, norms the identity."""
+        """Kaiming normal by fan-out, biases zero, norms the identity; the last layer as ``init`` says."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                if module is self.last and self.init == "calibrated":
+                    std = LOGIT_SPREAD / math.sqrt(module.in_features * self.last_input_variance())
+                    nn.init.normal_(module.weight, std=std)
+                else:
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if isinstance(self.norm, RunningNorm):
+            ours = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+            if ours:
+                self.norm.enabled = any(key.startswith("norm.") for key in ours)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def neutralise(self) -> float:
         """Change the last layer so that all kernels get the same weight for every input whatever comes before it;
@@ -85,8 +143,8 @@ class KernelAttention(nn.Module):
 class SoftmaxAttention(KernelAttention):
     """Kernel attention with a temperature, which is saved with the weights."""
 
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
+    def __init__(self, channels: int, temperature: float, **options: Any) -> None:
+        super().__init__(channels, **options)
         self.register_buffer("temperature", torch.tensor(1.0))
         self.set_temperature(temperature)
 
@@ -97,7 +155,21 @@ class SoftmaxAttention(KernelAttention):
         self.temperature.fill_(temperature)
 
 
-class MagicAttention(SoftmaxAttention):
+class _TwoLayerAttention(SoftmaxAttention):
+    """Logits by ``fusion``: a linear layer without bias, ReLU, a linear layer."""
+
+    fusion: nn.Sequential
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.fusion[2]
+
+    def last_input_variance(self) -> float:
+        # Fan-out: the hidden layer's weights have the variance 2 / hidden units.
+        return _RELU_VARIANCE * 2 * self.fusion[0].in_features / self.fusion[0].out_features
+
+
+class MagicAttention(_TwoLayerAttention):
     """DRF and KR; see the module's docstring for the equations and :class:`MagicConv` for the arguments."""
 
     def __init__(
@@ -115,8 +187,9 @@ class MagicAttention(SoftmaxAttention):
         kr_norm: Literal["none", "batch"],
         mixing: Literal["paper", "released"],
         temperature: float,
+        **options: Any,
     ) -> None:
-        super().__init__(temperature)
+        super().__init__(channels, temperature, **options)
         if not (use_spatial or use_channel or use_global):
             raise ValueError("use_spatial, use_channel and use_global are all False; the attention needs one of them.")
         hidden = _hidden(channels, reduction)
@@ -152,7 +225,7 @@ class MagicAttention(SoftmaxAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         with autocast_disabled(x.device.type):
-            logits = self.fusion(self._fused(x))
+            logits = self.fusion(self.norm(self._fused(x)))
             gate = 1.0
             if self.recalculation is not None:
                 if isinstance(self.recalculation[1], nn.BatchNorm1d) and self.training and len(x) == 1:
@@ -190,18 +263,19 @@ class MagicAttention(SoftmaxAttention):
         return 0.5
 
 
-class DyConvAttention(SoftmaxAttention):
+class DyConvAttention(_TwoLayerAttention):
     """DYConv's (Chen et al., CVPR 2020): softmax(F2 ReLU(F1 mean_v x(v)) / T), F2 with a bias."""
 
-    def __init__(self, channels: int, n_kernels: int, *, reduction: int, temperature: float) -> None:
-        super().__init__(temperature)
+    def __init__(self, channels: int, n_kernels: int, *, reduction: int, temperature: float, **options: Any) -> None:
+        super().__init__(channels, temperature, **options)
         hidden = _hidden(channels, reduction)
         self.fusion = nn.Sequential(nn.Linear(channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, n_kernels))
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         with autocast_disabled(x.device.type):
-            return (self.fusion(_channel_means(x, self.fusion[0].weight)) / self.temperature).softmax(1)
+            means = self.norm(_channel_means(x, self.fusion[0].weight))
+            return (self.fusion(means) / self.temperature).softmax(1)
 
     def neutralise(self) -> float:
         return 1.0
@@ -210,14 +284,21 @@ class DyConvAttention(SoftmaxAttention):
 class CondConvAttention(KernelAttention):
     """CondConv's (Yang et al., NeurIPS 2019): sigmoid(R mean_v x(v) + r). The weights do not compete."""
 
-    def __init__(self, channels: int, n_kernels: int) -> None:
-        super().__init__()
+    def __init__(self, channels: int, n_kernels: int, **options: Any) -> None:
+        super().__init__(channels, **options)
         self.routing = nn.Linear(channels, n_kernels)
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         with autocast_disabled(x.device.type):
-            return self.routing(_channel_means(x, self.routing.weight)).sigmoid()
+            return self.routing(self.norm(_channel_means(x, self.routing.weight))).sigmoid()
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.routing
+
+    def last_input_variance(self) -> float:
+        return 1.0
 
     def neutralise(self) -> float:
         nn.init.zeros_(self.routing.weight)
@@ -250,6 +331,8 @@ class MagicConv(nn.Module):
         use_kr: kernel recalculation (Table 7).
         temperature: T; by default 1 for "paper" and 30 for "released" and "dyconv".
         reduction: C over the width of the attention's hidden layer.
+        attention_norm, attention_init: of every attention, see the module's docstring. The defaults, "none" and
+            "released", are the paper's and the released code's; the networks have others.
         init: "released" keeps the scale of each kernel, so their mean is smaller by sqrt(K); "compensated" multiplies
             each by sqrt(K).
         conv_impl: see :func:`nnunet_deform.ops.dynamic_conv3d`.
@@ -286,12 +369,22 @@ class MagicConv(nn.Module):
         use_kr: bool = True,
         temperature: float | None = None,
         reduction: int = 8,
+        attention_norm: AttentionNorm = "none",
+        attention_init: AttentionInit = "released",
         init: Literal["released", "compensated"] = "released",
         conv_impl: ConvImpl = "auto",
         keep_dead_attention: bool = False,
     ) -> None:
         super().__init__()
-        chosen = {"attention": attention, "mixing": mixing, "kr_norm": kr_norm, "init": init, "conv_impl": conv_impl}
+        chosen = {
+            "attention": attention,
+            "mixing": mixing,
+            "kr_norm": kr_norm,
+            "attention_norm": attention_norm,
+            "attention_init": attention_init,
+            "init": init,
+            "conv_impl": conv_impl,
+        }
         for name, value in chosen.items():
             if value not in _CHOICES[name]:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, _CHOICES[name]))}.")
@@ -322,10 +415,13 @@ class MagicConv(nn.Module):
         if self.dynamic or keep_dead_attention:
             if temperature is None:
                 temperature = 30.0 if attention == "dyconv" or mixing == "released" else 1.0
+            start = {"norm": attention_norm, "init": attention_init}
             if attention == "condconv":
-                self.attention = CondConvAttention(in_channels, n_kernels)
+                self.attention = CondConvAttention(in_channels, n_kernels, **start)
             elif attention == "dyconv":
-                self.attention = DyConvAttention(in_channels, n_kernels, reduction=reduction, temperature=temperature)
+                self.attention = DyConvAttention(
+                    in_channels, n_kernels, reduction=reduction, temperature=temperature, **start
+                )
             else:
                 self.attention = MagicAttention(
                     in_channels,
@@ -340,6 +436,7 @@ class MagicConv(nn.Module):
                     kr_norm=kr_norm,
                     mixing=mixing,
                     temperature=temperature,
+                    **start,
                 )
         self.reset_parameters()
 
@@ -399,7 +496,9 @@ class MagicConv(nn.Module):
             self.attention.reset_parameters()
 
     def mixing_weights(self, x: Tensor) -> Tensor:
-        """The weight of each kernel for each sample, [B, C, *spatial] -> [B, K]."""
+        """The weight of each kernel for each sample, [B, C, *spatial] -> [B, K].
+
+        In training mode this is a part of a forward pass: with ``attention_norm="running"`` it takes the samples in."""
         if self.dynamic:
             return self.attention(x)
         return self.weight.new_full((len(x), self.n_kernels), 1 / self.n_kernels)

@@ -1,5 +1,8 @@
-"""Normalisation over the channels of each voxel."""
+"""Normalisation over the channels of each voxel, and of vectors by what training has seen so far."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,3 +18,75 @@ class ChannelLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+
+
+class RunningNorm(nn.Module):
+    """Standardises each entry of [B, C] by its mean and variance over the samples of the training so far.
+
+    It is the same function in training and evaluation, for any batch size: a training step first takes its batch into
+    the statistics, without gradient, and is then standardised by them. The first ``cumulative_steps`` steps weigh the
+    same; after that the newest weighs 1 / ``cumulative_steps``. The variance is that of all samples taken together, so
+    a batch of one adds to it. A batch that is not finite is left out. There are no parameters.
+
+    It is no BatchNorm by class, so that nothing converts it to SyncBatchNorm. Under DistributedDataParallel each
+    process takes its own batch in, but buffers are broadcast from rank 0 before each forward pass (torch's default,
+    which nnU-Net keeps): what is kept are the statistics of rank 0's samples.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+        cumulative_steps: see above.
+        limit: standardised values are cut to [-limit, limit]. A variance near zero, as after one step with a batch of
+            one, and an input unlike any of the training, as an empty patch, then have a bounded effect.
+
+    Attributes:
+        enabled: without it this is the identity and adds nothing to a state dict.
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, cumulative_steps: int = 100, limit: float = 5.0) -> None:
+        super().__init__()
+        self.eps = eps
+        self.cumulative_steps = cumulative_steps
+        self.limit = limit
+        self.enabled = True
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def reset_parameters(self) -> None:
+        """Forget all samples: mean 0, variance 1."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        if self.training:
+            self._take_in(x.detach())
+        standardised = (x - self.running_mean) * (self.running_var + self.eps).rsqrt()
+        return standardised.clamp(-self.limit, self.limit)
+
+    @torch.no_grad()
+    def _take_in(self, x: Tensor) -> None:
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        finite = (mean.isfinite() & variance.isfinite()).all()
+        steps = (self.num_batches_tracked + 1).clamp(max=self.cumulative_steps)
+        weight = steps.to(self.running_mean.dtype).reciprocal()
+        shift = mean - self.running_mean
+        # Of two sets of samples with these weights, taken together.
+        variance = (1 - weight) * (self.running_var + weight * shift.square()) + weight * variance
+        self.running_mean.copy_(torch.where(finite, self.running_mean + weight * shift, self.running_mean))
+        self.running_var.copy_(torch.where(finite, variance, self.running_var))
+        self.num_batches_tracked.add_(finite)
+
+    def _save_to_state_dict(self, *args: Any, **options: Any) -> None:
+        if self.enabled:
+            super()._save_to_state_dict(*args, **options)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        if self.enabled:
+            super()._load_from_state_dict(*args, **options)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.running_mean)}, enabled={self.enabled}"

@@ -10,6 +10,10 @@ Differences from the paper:
 - InstanceNorm follows each convolution, as in nnU-Net. It divides out any factor of a sample's whole output, so with
   one kernel the network is static, and of the paper's mixing weights only the ratios act. The paper has BatchNorm.
 - KR has no BatchNorm by default: nnU-Net's 3D batch is 2, and BatchNorm over two values is their sign.
+- The attention's vector is standardised by its statistics over the training's samples (``attention_norm="running"``),
+  because InstanceNorm leaves hardly a difference between samples in it, and the last layer of the attention starts
+  smaller than the released one (``attention_init="calibrated"``), which at the paper's temperature of 1 leaves kernels
+  without weight or gradient. ``attention_norm="none", attention_init="released"`` is the letter of the paper.
 - Convolutions of at most ``reduction`` channels, those with kernel 1 and the first one stay static.
 """
 
@@ -48,7 +52,8 @@ class MagicUNet(nn.Module):
         scope: "encoder" (paper) or "all", which adds the decoder's convolutions.
         stages: levels to replace convolutions at, 0 being full resolution; None for all.
         n_kernels: kernels of each convolution, by default 4, and 2 with a residual encoder.
-        options: of nnU-Net's network, and keyword-only ones of :class:`nnunet_deform.layers.MagicConv`.
+        options: of nnU-Net's network, and keyword-only ones of :class:`nnunet_deform.layers.MagicConv`, of
+            which ``attention_norm`` is "running" and ``attention_init`` "calibrated" by default.
 
     Raises:
         ValueError: an unknown scope or stage, no convolution to replace, or an option that the layer does not take.
@@ -66,6 +71,7 @@ class MagicUNet(nn.Module):
         **options: Any,
     ) -> None:
         of_layers = {name: options.pop(name) for name in _LAYER_OPTIONS & options.keys()}
+        of_layers = {"attention_norm": "running", "attention_init": "calibrated", **of_layers}
         super().__init__(*arguments, **options)
         if scope not in ("encoder", "all"):
             raise ValueError(f"scope={scope!r} must be 'encoder' or 'all'.")

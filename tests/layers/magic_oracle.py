@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CONV = {2: F.conv2d, 3: F.conv3d}
-BATCH_NORM_EPS = LAYER_NORM_EPS = 1e-5
+BATCH_NORM_EPS = LAYER_NORM_EPS = RUNNING_NORM_EPS = 1e-5
 
 
 def fused(p: dict[str, Tensor], x: Tensor, *, spatial: bool, channel: bool, globe: bool) -> Tensor:
@@ -46,10 +46,12 @@ def mixing_weights(
     use_channel: bool = True,
     use_global: bool = True,
     use_kr: bool = True,
+    attention_norm: str = "none",
 ) -> Tensor:
-    """[B, K] of a layer in training (eq. 8 to 11)."""
+    """[B, K] of a layer in training that has seen this batch only (eq. 8 to 11)."""
     flat = x.flatten(2)
     vectors = [fused(p, sample, spatial=use_spatial, channel=use_channel, globe=use_global) for sample in flat]
+    vectors = standardised(vectors, attention_norm)
     f1, f2 = p["attention.fusion.0.weight"], p["attention.fusion.2.weight"]
     beta = torch.stack([f2 @ (f1 @ vector).clamp(min=0) for vector in vectors])
     gate = torch.ones_like(beta)
@@ -64,6 +66,20 @@ def mixing_weights(
     if mixing == "paper":
         return gate * softmax(beta / temperature)
     return softmax(gate * beta / temperature)
+
+
+def standardised(vectors: list[Tensor], norm: str) -> list[Tensor]:
+    """C-vectors of a batch, each over its entries, or each entry by constants, the mean and variance of the batch."""
+    if norm == "layer":
+        means = [v.mean() for v in vectors]
+        return [
+            (v - m) / torch.sqrt(((v - m) ** 2).mean() + LAYER_NORM_EPS) for v, m in zip(vectors, means, strict=True)
+        ]
+    if norm == "running":
+        mean = (sum(vectors) / len(vectors)).detach()
+        variance = (sum((v - mean) ** 2 for v in vectors) / len(vectors)).detach()
+        return [(v - mean) / torch.sqrt(variance + RUNNING_NORM_EPS) for v in vectors]
+    return vectors
 
 
 def softmax(x: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ EQUATIONS = [
     pytest.param({"n_kernels": 8, "channels": 10}, id="8"),
     pytest.param({"temperature": 3.0}, id="temperature"),
     pytest.param({"kr_norm": "batch"}, id="batch-norm"),
+    pytest.param({"attention_norm": "running"}, id="running"),
+    pytest.param({"attention_norm": "layer"}, id="layer"),
     pytest.param({"bottleneck": 2.0, "bottleneck_norm_affine": False}, id="wide-bottleneck"),
     pytest.param({"use_kr": False}, id="no-kr"),
     pytest.param({"use_spatial": False}, id="no-spatial"),
@@ -79,7 +81,7 @@ EQUATIONS = [
 def test_equations_and_every_gradient(ndim: int, mixing: str, options: dict[str, Any]):
     x = volume(ndim, options.get("channels", 16)).requires_grad_()
     layer = alive(lambda: layer_of(ndim, mixing=mixing, **options), x)
-    of_attention = {k: v for k, v in options.items() if k.startswith("use_") or k == "kr_norm"}
+    of_attention = {k: v for k, v in options.items() if k.startswith("use_") or k.endswith("_norm")}
     temperature = options.get("temperature", 1.0 if mixing == "paper" else 30.0)
     parameters = dict(layer.named_parameters())
 
@@ -211,11 +213,16 @@ def test_uniform_is_the_mean_kernel_for_every_sample():
     assert count(twin) == count(LAYER[3](16, 6, 3, n_kernels=4))
 
 
-def test_dyconv():
-    layer = layer_of(3, attention="dyconv", n_kernels=3, temperature=2.0)
+norms = pytest.mark.parametrize("norm", ["none", "running", "layer"])
+
+
+@norms
+def test_dyconv(norm: str):
+    layer = layer_of(3, attention="dyconv", n_kernels=3, temperature=2.0, attention_norm=norm)
     x = volume(3)
     p = dict(layer.named_parameters())
-    hidden = (x.mean((2, 3, 4)) @ p["attention.fusion.0.weight"].T).clamp(min=0)
+    means = torch.stack(magic_oracle.standardised(list(x.mean((2, 3, 4))), norm))
+    hidden = (means @ p["attention.fusion.0.weight"].T).clamp(min=0)
     logits = hidden @ p["attention.fusion.2.weight"].T + p["attention.fusion.2.bias"]
     weights = magic_oracle.softmax(logits / 2)
     torch.testing.assert_close(layer.mixing_weights(x), weights, rtol=0, atol=1e-12)
@@ -224,11 +231,13 @@ def test_dyconv():
     assert count(MagicConv3d(32, 6, 3, attention="dyconv").attention) == 32 * 4 + 4 * 4 + 4
 
 
-def test_condconv():
-    layer = layer_of(2, attention="condconv", n_kernels=5)
+@norms
+def test_condconv(norm: str):
+    layer = layer_of(2, attention="condconv", n_kernels=5, attention_norm=norm)
     x = volume(2)
     p = dict(layer.named_parameters())
-    weights = torch.sigmoid(x.mean((2, 3)) @ p["attention.routing.weight"].T + p["attention.routing.bias"])
+    means = torch.stack(magic_oracle.standardised(list(x.mean((2, 3))), norm))
+    weights = torch.sigmoid(means @ p["attention.routing.weight"].T + p["attention.routing.bias"])
     torch.testing.assert_close(layer.mixing_weights(x), weights, rtol=0, atol=1e-12)
     torch.testing.assert_close(layer(x), magic_oracle.forward(p, x, weights, padding=1), rtol=0, atol=1e-11)
     assert count(layer.attention) == 16 * 5 + 5
@@ -236,7 +245,14 @@ def test_condconv():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mixing": "released"}, {"use_kr": False}, {"attention": "dyconv"}, {"attention": "condconv"}],
+    [
+        {},
+        {"mixing": "released"},
+        {"use_kr": False},
+        {"attention": "dyconv"},
+        {"attention": "condconv"},
+        {"attention_norm": "running", "attention_init": "calibrated"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("bias", [True, False])
@@ -297,6 +313,127 @@ def test_initial_state():
     assert mean.std().item() == pytest.approx(math.sqrt(2 / (64 * 27)) / 2, rel=0.02)
     compensated = MagicConv3d(64, 48, 3, n_kernels=4, init="compensated")
     assert compensated.weight.abs().max().item() == pytest.approx(2 * bound, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "last", "std"),
+    [
+        ({}, "attention.fusion.2.weight", 0.0757),
+        ({"attention": "dyconv"}, "attention.fusion.2.weight", 0.0757),
+        ({"attention": "condconv"}, "attention.routing.weight", 0.0625),
+    ],
+    ids=["magic", "dyconv", "condconv"],
+)
+def test_calibrated_start(options: dict[str, Any], last: str, std: float):
+    """Only the last layer differs from the released start: normal with 1 / sqrt(C), for a hidden layer 0.341 * 2 C."""
+    torch.manual_seed(0)
+    layer = MagicConv3d(256, 8, 1, n_kernels=64, attention_init="calibrated", **options)
+    parameters = dict(layer.attention.named_parameters(prefix="attention"))
+    assert parameters[last].std().item() == pytest.approx(std, rel=0.05)
+    for name, parameter in parameters.items():
+        if name.endswith("bias"):
+            assert parameter.count_nonzero() == 0, name
+        elif parameter.ndim == 2 and name != last and len(parameter) > 1:
+            assert parameter.std().item() == pytest.approx(math.sqrt(2 / len(parameter)), rel=0.1), name
+
+    # What it is for: logits of standardised vectors that vary by 1.
+    logits: list[Tensor] = []
+    layer.attention.last.register_forward_hook(lambda *args: logits.append(args[-1]))
+    network = layer.attention.routing if options.get("attention") == "condconv" else layer.attention.fusion
+    network(torch.randn(1000, 256))
+    assert logits[0].std(0).mean().item() == pytest.approx(1, rel=0.1)
+
+
+@norms
+@pytest.mark.parametrize("attention", ["magic", "dyconv", "condconv"])
+def test_a_batch_of_one_can_be_trained_with(attention: str, norm: str):
+    layer = layer_of(3, attention=attention, attention_norm=norm)
+    for _ in range(3):
+        layer(volume(3, batch=1)).sin().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    weights = [layer.mixing_weights(x) for x in volume(3, batch=2).unsqueeze(1)]
+    assert (weights[0] - weights[1]).abs().max() > 1e-4
+
+
+def test_the_norms_have_no_parameters_and_only_running_has_a_state():
+    plain, layer, running = (layer_of(2, attention_norm=norm) for norm in ("none", "layer", "running"))
+    assert [*plain.state_dict()] == [*layer.state_dict()]
+    assert [name for name, _ in running.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert running.state_dict().keys() - plain.state_dict().keys() == {
+        f"attention.norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+def test_running_statistics_are_taken_in_in_training_only_and_kept():
+    layer = layer_of(3, attention_norm="running")
+    x, other = volume(3), volume(3)
+    untrained = layer.eval().mixing_weights(x)
+    assert torch.equal(untrained, layer.mixing_weights(x))
+    trained = layer.train().mixing_weights(x)
+    assert (trained - untrained).abs().max() > 1e-3
+    layer.eval()
+    assert torch.equal(layer.mixing_weights(x), trained)
+    layer.mixing_weights(other)
+    assert torch.equal(layer.mixing_weights(x), trained)
+    fresh = layer_of(3, attention_norm="running")
+    fresh.load_state_dict(layer.state_dict())
+    for twin in (fresh.eval(), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    # Nothing is shared with the copy.
+    copy.deepcopy(layer).train()(other)
+    assert torch.equal(layer.mixing_weights(x), trained)
+    layer.reset_parameters()
+    assert layer.attention.norm.num_batches_tracked == 0
+
+
+def test_running_statistics_in_float32_under_autocast():
+    layer = layer_of(3, attention_norm="running").float()
+    twin = copy.deepcopy(layer)
+    x = volume(3).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = layer.mixing_weights(x)
+    assert torch.equal(weights, twin.mixing_weights(x))
+    assert layer.attention.norm.running_mean.dtype == torch.float32
+    assert torch.equal(layer.attention.norm.running_var, twin.attention.norm.running_var)
+
+
+def test_a_compiled_layer_takes_the_same_statistics_in():
+    layer = layer_of(3, attention_norm="running", attention_init="calibrated").float()
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for mode in (True, True, False):
+        layer.train(mode)
+        twin.train(mode)
+        x = volume(3).float()
+        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
+    norm = layer.attention.norm
+    assert norm.num_batches_tracked == 2
+    torch.testing.assert_close(norm.running_var, twin.attention.norm.running_var, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_without_statistics_turn_the_norm_off_and_those_with_them_on():
+    old, new = (layer_of(3, attention_norm=norm) for norm in ("none", "running"))
+    x = volume(3)
+    new(x)
+    with_norm = new.eval()(x)
+    kept = copy.deepcopy(new.state_dict())
+    # Weights that say nothing of the attention leave it as it is.
+    new.load_state_dict({"bias": new.bias.detach().clone()}, strict=False)
+    assert torch.equal(new(x), with_norm)
+
+    new.load_state_dict(old.state_dict(), strict=True)
+    for mode in (True, False):
+        assert torch.equal(new.train(mode)(x), old(x))
+    # So they are saved, and copied, as they came.
+    assert new.state_dict().keys() == old.state_dict().keys()
+    for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        assert torch.equal(twin(x), old(x))
+
+    new.load_state_dict(kept, strict=True)
+    assert torch.equal(new.eval()(x), with_norm)
+    del kept["attention.norm.running_var"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "attention.norm.running_var"'):
+        new.load_state_dict(kept, strict=True)
 
 
 def test_high_temperature_makes_the_weights_even():
@@ -365,16 +502,23 @@ def test_kernels_are_mixed_in_float32_under_autocast():
 
 
 def test_compiles_as_one_graph():
-    for options in ({}, {"mixing": "released", "kr_norm": "batch"}, {"attention": "condconv"}):
+    for options in (
+        {},
+        {"mixing": "released", "kr_norm": "batch"},
+        {"attention": "condconv", "attention_norm": "layer"},
+    ):
         layer = layer_of(3, **options).float()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         x = volume(3).float()
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
+@norms
 @pytest.mark.parametrize("strict", [True, False])
-def test_exports_at_batch_1(strict: bool):
-    layer = layer_of(3).eval()
+def test_exports_at_batch_1(strict: bool, norm: str):
+    layer = layer_of(3, attention_norm=norm)
+    layer(volume(3))
+    layer.eval()
     x = volume(3, batch=1)
     exported = torch.export.export(layer, (x,), strict=strict)
     torch.testing.assert_close(exported.module()(x), layer(x), rtol=0, atol=1e-12)
@@ -417,6 +561,8 @@ def test_a_batch_of_one_in_training_is_named_where_batch_norm_cannot_take_it():
         ((16, 8, 3), {"attention": "odconv"}, "attention='odconv' must be one of 'magic', 'dyconv', 'condconv', 'unif"),
         ((16, 8, 3), {"mixing": "code"}, "mixing='code' must be one of 'paper', 'released'"),
         ((16, 8, 3), {"kr_norm": "layer"}, "kr_norm='layer' must be one of 'none', 'batch'"),
+        ((16, 8, 3), {"attention_norm": "batch"}, "attention_norm='batch' must be one of 'none', 'running', 'layer'"),
+        ((16, 8, 3), {"attention_init": "he"}, "attention_init='he' must be one of 'released', 'calibrated'"),
         ((16, 8, 3), {"init": "he"}, "init='he' must be one of 'released', 'compensated'"),
         ((16, 8, 3), {"conv_impl": "fold"}, "conv_impl='fold' must be one of 'auto', 'grouped', 'loop'"),
         ((16, 8, 3), {"temperature": 0.0}, r"temperature=0.0 must be positive"),

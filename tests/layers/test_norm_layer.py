@@ -1,10 +1,10 @@
-"""LayerNorm over channels."""
+"""LayerNorm over channels, and standardisation by running statistics."""
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nnunet_deform.layers import ChannelLayerNorm
+from nnunet_deform.layers import ChannelLayerNorm, RunningNorm
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -62,3 +62,95 @@ def test_autocast_normalises_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = norm(x)
     torch.testing.assert_close(y.float(), by_hand(x.double(), norm.double()).float(), rtol=0, atol=2e-2)
+
+
+def batches(steps: int, batch: int) -> Tensor:
+    return 3 + torch.randn(steps, batch, 5, dtype=torch.float64) * torch.arange(1, 6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_the_first_hundred_steps_weigh_the_same(batch: int):
+    norm = RunningNorm(5).double()
+    x = batches(100, batch)
+    for step, sample in enumerate(x, 1):
+        y = norm(sample)
+        seen = x[:step].flatten(0, 1)
+        mean, variance = seen.mean(0), ((seen - seen.mean(0)) ** 2).mean(0)
+        torch.testing.assert_close(norm.running_mean, mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(norm.running_var, variance, rtol=0, atol=1e-11)
+        torch.testing.assert_close(y, ((sample - mean) / torch.sqrt(variance + 1e-5)).clamp(-5, 5), rtol=0, atol=1e-10)
+    assert norm.num_batches_tracked == 100
+
+
+def test_then_the_newest_weighs_a_hundredth():
+    norm = RunningNorm(5).double()
+    for sample in batches(150, 2):
+        mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+        steps = int(norm.num_batches_tracked)
+        norm(sample)
+        if steps >= 100:
+            # The second moment about zero is a plain weighted mean.
+            second = 0.99 * (variance + mean**2) + 0.01 * (sample**2).mean(0)
+            expected = 0.99 * mean + 0.01 * sample.mean(0)
+            torch.testing.assert_close(norm.running_mean, expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(norm.running_var, second - expected**2, rtol=0, atol=1e-10)
+
+
+def test_evaluation_takes_nothing_in_and_does_what_the_last_training_step_did():
+    norm = RunningNorm(5).double()
+    x = batches(3, 2)
+    y = [norm(sample) for sample in x][-1]
+    norm.eval()
+    norm(batches(1, 4)[0])
+    assert torch.equal(norm(x[-1]), y)
+    norm.reset_parameters()
+    torch.testing.assert_close(norm(y), y, rtol=0, atol=1e-4)
+
+
+def test_the_statistics_have_no_gradient():
+    norm = RunningNorm(5).double()
+    x = batches(1, 3)[0].requires_grad_()
+    norm(x).sum().backward()
+    expected = (x.detach().var(0, correction=0) + 1e-5).rsqrt().expand(3, 5)
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-12)
+    assert not norm.running_mean.requires_grad
+
+
+def test_without_variance_and_far_from_it_values_are_bounded():
+    norm = RunningNorm(5)
+    x = batches(1, 1)[0].float()
+    # One sample has no variance: in training it is its own mean, in evaluation others are cut.
+    assert torch.equal(norm(x), torch.zeros(1, 5))
+    norm.eval()
+    assert torch.equal(norm(x + 1), torch.full((1, 5), 5.0))
+    norm.train()
+    for _ in range(200):
+        assert norm(x).abs().max() < 1e-3
+
+
+def test_a_batch_that_is_not_finite_is_left_out():
+    norm = RunningNorm(5)
+    norm(batches(1, 2)[0].float())
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    for value in (torch.nan, torch.inf):
+        broken = batches(1, 2)[0].float()
+        broken[1, 2] = value
+        norm(broken)
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
+def test_it_is_not_converted_to_sync_batch_norm():
+    network = nn.Sequential(RunningNorm(5), nn.BatchNorm1d(5))
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert type(converted[0]) is RunningNorm
+    assert type(converted[1]) is nn.SyncBatchNorm
+
+
+def test_disabled_it_is_the_identity_without_a_state():
+    norm = RunningNorm(5)
+    norm.enabled = False
+    x = batches(1, 2)[0].float()
+    assert norm(x) is x
+    assert norm.num_batches_tracked == 0
+    assert not norm.state_dict()
+    norm.load_state_dict({}, strict=True)

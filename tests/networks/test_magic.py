@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.building_blocks.residual import BottleneckD
 from network_cases import (
@@ -20,7 +21,7 @@ from network_cases import (
 )
 from torch import Tensor, nn
 
-from nnunet_deform.layers import MagicConv2d, MagicConv3d, set_temperature
+from nnunet_deform.layers import MagicConv2d, MagicConv3d, RunningNorm, set_temperature
 
 STOCK = {"MagicPlainConvUNet": PlainConvUNet, "MagicResidualEncoderUNet": ResidualEncoderUNet}
 names = pytest.mark.parametrize("name", list(STOCK))
@@ -160,6 +161,76 @@ def test_one_kernel_is_the_stock_network(name: str):
     network.load_state_dict(stock.state_dict(), strict=True)
     image = ISOTROPIC.image()
     torch.testing.assert_close(network(image), stock(image), rtol=0, atol=1e-5)
+
+
+@names
+def test_the_attention_is_standardised_and_calibrated_by_default(name: str):
+    network = ISOTROPIC.network(name)
+    for conv in network.magic_convs().values():
+        assert type(conv.attention.norm) is RunningNorm
+        assert conv.attention.init == "calibrated"
+    letter = ISOTROPIC.network(name, attention_norm="none", attention_init="released")
+    assert not any(isinstance(module, RunningNorm) for module in letter.modules())
+    assert {conv.attention.init for conv in letter.magic_convs().values()} == {"released"}
+    assert parameter_count(network) == parameter_count(letter)
+
+
+def phantoms(count: int, size: tuple[int, ...]) -> Tensor:
+    """Images as of patients: smooth structures of several sizes, noise, contrast and background of their own, z-scored."""
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    images = []
+    for _ in range(count):
+        image = torch.rand(()) * torch.randn(size) / 2
+        for cells in (2, 4, 8):
+            coarse = torch.rand(()) * torch.randn(1, 1, *(cells,) * len(size))
+            image += F.interpolate(coarse, size=size, mode=mode, align_corners=True)[0, 0]
+        image = image.sign() * image.abs() ** (0.5 + 1.5 * torch.rand(()))
+        if torch.rand(()) < 0.5:
+            image[image < image.median()] = image.min()
+        images.append((image - image.mean()) / image.std())
+    return torch.stack(images).unsqueeze(1)
+
+
+def initial_shares(seed: int, size: tuple[int, ...], name: str = "MagicPlainConvUNet", **options: Any) -> list[Tensor]:
+    """Each layer's shares a / sum(a), [32, K], in nnU-Net's widths after 100 training passes without a step."""
+    torch.manual_seed(seed)
+    ndim = len(size)
+    wide = plan("wide", size, [(2,) * ndim] * 4, (32, 64, 128, 256, 320))
+    network = wide.network(name, **{"reduction": 8, "temperature": None, **options})
+    network.apply(network.initialize)
+    with torch.no_grad():
+        for _ in range(100):
+            network.encoder(phantoms(2, size))
+    weights = network.mixing_weights(phantoms(32, size))
+    return [a / a.sum(1, keepdim=True) for a in weights.values()]
+
+
+def smallest_share_and_spreads(shares: list[Tensor]) -> tuple[float, float, float]:
+    """The smallest mean share of a kernel; the standard deviation of shares over samples, in each layer that of the
+    kernel with the smallest, of the median and of the smallest layer."""
+    spreads = torch.stack([share.std(0).min() for share in shares])
+    return min(share.mean(0).min().item() for share in shares), spreads.median().item(), spreads.min().item()
+
+
+@pytest.mark.parametrize(
+    ("size", "seed"),
+    [((32, 32), 1), *(pytest.param((32, 32, 32), seed, marks=pytest.mark.slow) for seed in (1, 2, 3))],
+    ids=str,
+)
+def test_no_kernel_starts_dead_and_every_layer_is_dynamic(size: tuple[int, ...], seed: int):
+    smallest, median, least = smallest_share_and_spreads(initial_shares(seed, size))
+    assert smallest >= 0.01
+    assert median >= 0.03
+    assert least >= 0.01
+
+
+def test_the_letter_starts_with_dead_kernels_and_nearly_static():
+    """What the two options are for: measured 2.1 of 4 kernels below 1 % a layer."""
+    shares = initial_shares(1, (32, 32), attention_norm="none", attention_init="released")
+    dead = [(share.mean(0) < 0.01).sum().item() for share in shares]
+    assert sum(dead) > len(dead)
+    _, median, _ = smallest_share_and_spreads(shares)
+    assert median < 0.01
 
 
 def test_one_kernel_is_warned_of():
@@ -319,6 +390,7 @@ def test_exports_at_batch_1(name: str):
         ({"stages": [0, 3]}, r"stages=\[0, 3\] must be among \[0, 1, 2\], 0 being full resolution"),
         ({"reduction": 24}, r"with scope='encoder' and stages=\[0, 1, 2\] none has more than reduction=24"),
         ({"stages": [0], "reduction": 8}, r"stages=\[0\] none has more than reduction=8 input channels"),
+        ({"attention_norm": "batch"}, "attention_norm='batch' must be one of 'none', 'running', 'layer'"),
         ({"mixing": "code"}, "mixing='code' must be one of 'paper', 'released'"),
     ],
     ids=str,

@@ -55,7 +55,7 @@ def test_deep_supervision_shapes_are_nnunets(name: str, plan: Plan):
 
 @small_plans
 def test_deep_supervision_is_switched_on_the_live_network(name: str, plan: Plan):
-    network = stir(plan.network(name, deep_supervision=True))
+    network = stir(plan.network(name, deep_supervision=True)).eval()
     image = plan.image()
     outputs = network(image)
     assert len(outputs) == len(plan.strides) - 1
@@ -70,8 +70,8 @@ def test_deep_supervision_is_switched_on_the_live_network(name: str, plan: Plan)
 @small_plans
 @pytest.mark.parametrize("first", [True, False], ids=["on-to-off", "off-to-on"])
 def test_weights_load_with_and_without_deep_supervision(name: str, plan: Plan, first: bool):
-    one = stir(plan.network(name, deep_supervision=first))
-    other = plan.network(name, deep_supervision=not first)
+    one = stir(plan.network(name, deep_supervision=first)).eval()
+    other = plan.network(name, deep_supervision=not first).eval()
     other.load_state_dict(one.state_dict(), strict=True)
     image = plan.image()
     assert torch.equal(as_list(one(image))[0], as_list(other(image))[0])
@@ -137,7 +137,7 @@ def test_nnunet_builds_and_initialises_it_from_a_plan(name: str, plan: Plan):
     ids=str,
 )
 def test_any_size_is_the_padded_input_cropped(name: str, plan: Plan, size: tuple[int, ...]):
-    network = stir(plan.network(name, deep_supervision=True)).double()
+    network = stir(plan.network(name, deep_supervision=True)).double().eval()
     image = torch.randn(2, 1, *size, dtype=torch.float64)
     padding: list[int] = []
     for axis, length in enumerate(size):
@@ -160,7 +160,7 @@ def test_any_size_is_the_padded_input_cropped(name: str, plan: Plan, size: tuple
 
 @small_plans
 def test_samples_do_not_see_each_other(name: str, plan: Plan):
-    network = stir(plan.network(name)).double()
+    network = stir(plan.network(name)).double().eval()
     images = plan.image(batch=3, dtype=torch.float64)
     images[1] *= 50
     together = network(images)
@@ -212,7 +212,7 @@ def test_a_training_step_lowers_the_loss(name: str):
 
 @small_plans
 def test_copies_give_the_same_output(name: str, plan: Plan):
-    network = stir(plan.network(name, deep_supervision=True))
+    network = stir(plan.network(name, deep_supervision=True)).eval()
     image = plan.image()
     expected = network(image)
     for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):

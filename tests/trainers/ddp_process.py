@@ -23,7 +23,8 @@ from nnunet_deform.trainers.variants import find_trainer
 
 
 def digest(network: torch.nn.Module) -> str:
-    weights = b"".join(value.detach().contiguous().numpy().tobytes() for value in network.state_dict().values())
+    # Statistics of each process's own last batch are replaced by rank 0's at the next forward pass only.
+    weights = b"".join(value.detach().contiguous().numpy().tobytes() for value in network.parameters())
     return hashlib.sha256(weights).hexdigest()
 
 

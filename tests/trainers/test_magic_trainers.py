@@ -4,6 +4,8 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_deform import trainers
+from nnunet_deform.layers import RunningNorm
 from nnunet_deform.layers.magic import CondConvAttention, DyConvAttention, MagicAttention, MagicConv
 from nnunet_deform.networks import MagicPlainConvUNet, MagicResidualEncoderUNet
 from nnunet_deform.trainers.schedules import annealed_temperature
@@ -59,6 +61,30 @@ def test_options_of_the_ablations(make_trainer) -> None:
     assert attention("nnUNetTrainerMAGIC_annealed").mixing == "released"
     assert isinstance(attention("nnUNetTrainerMAGIC_DYConv"), DyConvAttention)
     assert isinstance(attention("nnUNetTrainerMAGIC_CondConv"), CondConvAttention)
+
+
+MODES = {
+    "": "running calibrated paper 1",
+    "_2x": "running calibrated paper 1",
+    "_noKR": "running calibrated paper 1",
+    "_static": "running calibrated paper 1",
+    "_letter": "none released paper 1",
+    "_released": "none released released 30",
+    "_annealed": "none released released 30",
+    "_DYConv": "none released - 30",
+    "_CondConv": "none released - -",
+    **{f"_{row}": "running calibrated paper 1" for row in ("spatial", "channel", "global")},
+    **{f"_{row}": "running calibrated paper 1" for row in ("spatialChannel", "spatialGlobal", "channelGlobal")},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in trainers.__all__ if name.startswith("nnUNetTrainerMAGIC")])
+def test_the_mode_each_trainer_inherits(make_trainer, name) -> None:
+    attention = first_conv(network_of(make_trainer, name)).attention
+    norm = {RunningNorm: "running", torch.nn.Identity: "none"}[type(attention.norm)]
+    temperature = f"{attention.temperature:g}" if hasattr(attention, "temperature") else "-"
+    mode = f"{norm} {attention.init} {getattr(attention, 'mixing', '-')} {temperature}"
+    assert mode == MODES[name.removeprefix("nnUNetTrainerMAGIC").removeprefix("ResEnc")]
 
 
 def test_the_static_twin_has_equal_parameters(make_trainer) -> None:
