@@ -48,9 +48,9 @@ Attention = Literal["magic", "dyconv", "condconv", "uniform"]
 AttentionNorm = Literal["none", "running", "layer"]
 AttentionInit = Literal["released", "calibrated"]
 
-# Standard deviation over samples of the logits that "calibrated" aims at. With 1, shares of a quarter vary over samples
-# by about 0.15, and a kernel would need a constant of -3 in its logit to get less than 1 %.
-LOGIT_SPREAD = 1.0
+# Standard deviation over samples of the logits that "calibrated" aims at. Shares of a quarter then vary over samples by
+# about a tenth, and a kernel would need a constant of -3 in its logit, which is less than 0.7 at random, to get 1 %.
+LOGIT_SPREAD = 0.7
 # Variance of max(0, g) for g normal with variance 1.
 _RELU_VARIANCE = (1 - 1 / math.pi) / 2
 
