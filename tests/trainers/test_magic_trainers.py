@@ -138,6 +138,25 @@ def test_stock_prediction_gives_the_trained_networks_logits(make_trainer) -> Non
     torch.testing.assert_close(predicted.float(), expected, atol=5e-3, rtol=2e-3)
 
 
+def test_a_training_begun_without_the_standardisation_goes_on_without_it(make_trainer) -> None:
+    plan = {"patch_size": (16, 24), "strides": ((1, 1), (2, 2), (2, 2))}
+    letter = make_trainer(find_trainer("nnUNetTrainerMAGIC_letter_2epochs1iters_unmirrored"), **plan)
+    letter.run_training()
+    begun = f"{letter.output_folder}/checkpoint_final.pth"
+    names = letter.network.state_dict().keys()
+
+    trainer = make_trainer(find_trainer("nnUNetTrainerMAGIC_3epochs1iters_unmirrored"), **plan)
+    trainer.initialize()
+    assert names < trainer.network.state_dict().keys()
+    trainer.load_checkpoint(begun)
+    trainer.run_training()
+    assert len(trainer.logger.get_value("train_losses", step=None)) == 3
+    continued = torch.load(f"{trainer.output_folder}/checkpoint_final.pth", weights_only=False)["network_weights"]
+    assert continued.keys() == names
+    before = torch.load(begun, weights_only=False)["network_weights"]
+    assert all(not torch.equal(continued[key], before[key]) for key in names if key.endswith("bottleneck.0.weight"))
+
+
 @pytest.mark.parametrize(
     "plan",
     [
