@@ -34,6 +34,7 @@ _MORE_ANCHORS = {
     ),
     "equal": (r"decoder\.fusions\.\d\.position_bias\.linear\.bias",),  # its bound falls with the number of anchors
 }
+_OTHER_SCALE = {"equal": (r"encoder\..*\.attention\.fusion\.2\.weight",)}  # of the attention's last layer
 # Nearly everything is wider, and what is not has more inputs, which bound its bias.
 _WIDER = {"shape": (r".*",), "equal": (r".*\.bias",)}
 # What a variant has under the names of its family's main network without having the same: tensors of another shape, and
@@ -69,6 +70,10 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         )
     },
     "MAGIC_CondConv": {"shape": _KERNELS},
+    "MAGIC_DYConv": _OTHER_SCALE,
+    "MAGIC_annealed": _OTHER_SCALE,
+    "MAGIC_letter": _OTHER_SCALE,
+    "MAGIC_released": _OTHER_SCALE,
 }
 
 
