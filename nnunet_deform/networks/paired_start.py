@@ -24,7 +24,10 @@ _P = ParamSpec("_P")
 def paired_start(
     constructor: Callable[Concatenate[nn.Module, _P], None],
 ) -> Callable[Concatenate[nn.Module, _P], None]:
-    """Decorator of a network's constructor, for a paired start without a call of ``initialize``."""
+    """Decorator of a network's constructor, for a paired start without a call of ``initialize``.
+
+    Values are drawn after the constructor, so it must not compute with those of a parameter.
+    """
 
     @functools.wraps(constructor)
     def construct(network: nn.Module, *args: _P.args, **kwargs: _P.kwargs) -> None:
