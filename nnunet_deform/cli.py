@@ -421,11 +421,10 @@ def compare_run(file: _ExperimentFile) -> None:
     """Plan, preprocess, train, predict, score and report; goes on where an earlier run stopped."""
     with _opened_comparison(file) as comparison:
         from nnunet_deform.comparison.report import build_report
-        from nnunet_deform.comparison.run import declaration
 
         with comparison.locked():
             failures = comparison.run()
-        page = build_report(file, declaration(comparison.experiment))
+        page = build_report(file)
     print(f"Report: {page}")
     if failures:
         raise _fail("\n".join(["the report is incomplete, because these failed:", *failures]))
@@ -492,9 +491,7 @@ def compare_workflow(file: _ExperimentFile) -> None:
 def compare_report(file: _ExperimentFile) -> None:
     """Write the report of what is finished."""
     with _comparison_errors():
-        from nnunet_deform.comparison.experiment import load_experiment
         from nnunet_deform.comparison.report import build_report
-        from nnunet_deform.comparison.run import declaration
 
-        page = build_report(file, declaration(load_experiment(file)))
+        page = build_report(file)
     print(f"Report: {page}")

@@ -27,8 +27,9 @@ from nnunet_deform.comparison.collect import (
     write_ensemble,
 )
 from nnunet_deform.comparison.cost import costs_file
+from nnunet_deform.comparison.declaration import declaration, declare
 from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
-from nnunet_deform.comparison.files import read_json, write_json, write_text
+from nnunet_deform.comparison.files import read_json, write_text
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, prepare_dataset
 from nnunet_deform.comparison.trainings import (
     Training,
@@ -145,13 +146,12 @@ class Comparison:
                 self._locks = outer
 
     def prepare(self) -> None:
-        """Declare the hypotheses, plan, preprocess, make folds.
+        """Plan, preprocess, make folds; then declare what is going to be compared.
 
         Raises:
             RunError, PreparationError, SplitError, TrainingError: see there.
         """
         self.folders.output.mkdir(parents=True, exist_ok=True)
-        self._declare()
         for dataset in self.experiment.datasets:
             logs = self.folders.output / "logs" / find_dataset(dataset, self.folders).name
 
@@ -161,14 +161,10 @@ class Comparison:
                 self._command(argv, logs / f"{words}.log", nnUNet_n_proc_DA="1")
 
             prepare_dataset(self.experiment, dataset, self.folders, self.file, run)
+        # After all checks, so that a refused experiment has declared nothing, and before the first training.
+        declare(self.folders.output, declaration(self.experiment, self.file), now())
         # A sign for schedulers, newer than the experiment file.
         write_text(self.folders.output / "prepared", f"{now()}\n")
-
-    def _declare(self) -> None:
-        """Keep what the first run declared, so that a report can tell when it was changed afterwards."""
-        file = self.folders.output / "declared.json"
-        if not file.exists():
-            write_json(file, {"date": now(), **declaration(self.experiment)})
 
     def find_training(self, job: str) -> Training:
         """By number or name (:attr:`Training.key`); names stay valid when the experiment grows.
@@ -415,14 +411,3 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def declaration(experiment: Experiment) -> dict[str, object]:
-    """What must be decided before the results are seen."""
-    return {
-        "primary": experiment.primary,
-        "hypotheses": [list(pair) for pair in experiment.hypotheses],
-        "alpha": experiment.statistics.alpha,
-        "band": experiment.statistics.band,
-        "datasets": [[dataset.id, dataset.configuration] for dataset in experiment.datasets],
-    }
