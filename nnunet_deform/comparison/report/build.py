@@ -498,7 +498,7 @@ def _test_rows(
         result = estimate([of_patients.T[:, :, None]])
         low, high = result.interval(experiment.statistics.alpha)
         cells = []
-        for position, (name, metric) in enumerate(METRICS.items()):
+        for position, metric in enumerate(METRICS.values()):
             number = _number(metric)
             cells.append(f"{number(float(result.mean[position]))} [{number(low[position])}, {number(high[position])}]")
         rows.append((arm, len(of_cases), len(set(patients)), cells))
