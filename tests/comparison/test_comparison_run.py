@@ -433,7 +433,7 @@ def test_a_training_without_scores_is_told(finished):
     page = finished.report()
     why = "trained, not scored with the experiment&#39;s tolerances (compare run scores it)."
     assert f"No scores of DeformUX, seed 1, fold 0 of {NAME} (3d_fullres): {why}" in page
-    assert "DeformUX is left out of all statistics" in page
+    assert "DeformUX is left out of all but the hypotheses" in page
 
 
 def test_where_a_training_goes_on(tmp_path):
