@@ -41,6 +41,7 @@ from nnunet_deform.comparison.trainings import (
     list_trainings,
     now,
     read_record,
+    refuse_other_versions,
 )
 
 try:
@@ -60,8 +61,11 @@ def _ignore(_line: str) -> None:
 class Comparison:
     """An experiment file with its folders, and the commands that it needs."""
 
-    def __init__(self, file: Path, console: Console, interrupts: Interrupts) -> None:
+    def __init__(self, file: Path, console: Console, interrupts: Interrupts, *, accept_versions: bool = False) -> None:
         """
+        Args:
+            accept_versions: train although earlier trainings were made with other releases of what makes them.
+
         Raises:
             ExperimentError, PreparationError: see there.
         """
@@ -73,6 +77,7 @@ class Comparison:
         self.datasets: dict[str, DatasetFolders] = {found.name: found for found in listed}
         self._console = console
         self._interrupts = interrupts
+        self._accept_versions = accept_versions
         self._locks: tuple[int, ...] = ()
 
     def _environment(self) -> dict[str, str]:
@@ -206,10 +211,11 @@ class Comparison:
 
         Raises:
             RunError: the training failed; its record says how.
-            TrainingError: see :func:`nnunet_deform.comparison.trainings.is_done`.
+            TrainingError: see :func:`nnunet_deform.comparison.trainings.is_done` and ``refuse_other_versions`` there.
         """
         found = self.datasets[training.dataset]
         if not self.is_done(training):
+            self._refuse_other_versions()
             command = training.command(self.folders.results, self.experiment.device)
             record = begin(training, found, self.folders, command, self.experiment.device)
             started = time.monotonic()
@@ -232,6 +238,10 @@ class Comparison:
                     raise RunError(how)
             finish(training, self.folders, record, time.monotonic() - started)
         score_training(self.experiment, training, found, self.folders)
+
+    def _refuse_other_versions(self) -> None:
+        if not self._accept_versions:
+            refuse_other_versions(self.trainings, self.folders)
 
     def arms(self) -> list[list[Training]]:
         """Each arm's trainings with the first seed on a dataset, one a fold."""
@@ -300,6 +310,8 @@ class Comparison:
         failures: list[str] = []
         # Before any time is spent: results that may not be mixed are refused.
         todo = [training for training in self.trainings if not self.is_done(training)]
+        if todo:
+            self._refuse_other_versions()
         self._console.print(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them done.")
         with self._showing(todo) as clock:
             for training in self.trainings:

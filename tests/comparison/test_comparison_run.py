@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,21 @@ import pytest
 from trial import NAME, Trial
 
 from nnunet_deform import activation, commands
+from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.collect import CollectionError
 from nnunet_deform.comparison.experiment import ExperimentError
 from nnunet_deform.comparison.files import fingerprint, read_json
 from nnunet_deform.comparison.prepare import PreparationError
-from nnunet_deform.comparison.run import RunError, format_seconds
+from nnunet_deform.comparison.run import Comparison, RunError, format_seconds
 from nnunet_deform.comparison.splits import SplitError
-from nnunet_deform.comparison.trainings import Training, TrainingError, list_trainings, read_record
+from nnunet_deform.comparison.trainings import (
+    Training,
+    TrainingError,
+    list_trainings,
+    read_record,
+    record_file,
+    write_record,
+)
 
 pytestmark = pytest.mark.usefixtures("use_fakes")
 
@@ -312,6 +321,24 @@ def test_what_was_changed_after_the_first_run_is_told(finished, old, new, words)
     page = html.unescape(finished.report())
     assert "before the first training, and CHANGED afterwards" in page
     assert words in page
+
+
+def test_other_releases_of_what_makes_trainings_are_refused(finished):
+    """batchgeneratorsv2 was not even recorded; its releases 0.3.4 and 0.3.6 changed the augmentation."""
+    experiment, folders = _experiment(finished)
+    first, last = (list_trainings(experiment, folders)[n] for n in (0, -1))
+    record = read_record(first, folders)
+    assert {"batchgeneratorsv2", "batchgenerators", "timm", "scipy", "SimpleITK"} <= set(record.versions)
+    write_record(first, folders, replace(record, versions={**record.versions, "batchgeneratorsv2": "0.3.3"}))
+    assert finished.run() == []  # nothing is left to train
+    shutil.rmtree(last.folder(folders.results))
+    record_file(last, folders).unlink()
+    with pytest.raises(TrainingError, match=r"mixed versions: .* was made with batchgeneratorsv2 0\.3\.3, not "):
+        finished.run()
+    with pytest.raises(TrainingError, match="--accept-versions"):
+        finished.comparison().train(last)
+    Comparison(finished.file, finished.console, Interrupts(), accept_versions=True).train(last)
+    assert read_record(last, folders).finished
 
 
 def test_a_refused_experiment_has_declared_nothing(trial):
