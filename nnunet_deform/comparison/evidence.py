@@ -40,8 +40,8 @@ class Estimate:
     number: of patients; mean, se: in the metric's unit; freedom: of se; skew: third cumulant of the mean / se^3;
     patients, trainings: the variances that add up to se^2; patient_sd: of the patients' differences about their fold's
     mean; training_sds, training_freedoms: of each sample's trainings about their fold's mean, one entry a sample (the
-    differences, or either arm), NaN and 0 where no fold has two trainings. There ``trainings`` is 0, and the estimate
-    is about these very trainings.
+    differences, or either arm), NaN and 0 where no fold has two trainings. If one of them is 0, ``trainings`` is, too,
+    and the estimate is about these very trainings.
     """
 
     number: int
@@ -137,18 +137,19 @@ def estimate(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None = 
     of_patient_part = patient_variance / number
     training_part, rest_part, weighted, spread = (np.zeros(len(mean)) for _ in range(4))
     training_sds, training_freedoms = [], []
-    for sample in samples:
-        variance, rest, freedom, rest_freedom = _within_folds(sample)
+    within = [_within_folds(sample) for sample in samples]
+    known = all(freedom for _, _, freedom, _ in within)
+    for sample, (variance, rest, freedom, rest_freedom) in zip(samples, within, strict=True):
         seeds = np.array([fold.shape[2] for fold in sample])
         training_sds.append(np.sqrt(variance))
         training_freedoms.append(freedom)
-        if freedom:
+        if known:
             part = variance * (weights**2 / seeds).sum()
             training_part += part
             heavier = part * freedom / max(1, freedom - 2)
             weighted += heavier
             spread += heavier**2 / freedom
-        if rest_freedom:
+        if known and rest_freedom:
             rest_part += rest * (counts / (number**2 * seeds)).sum()
     total = np.maximum(of_patient_part + training_part - rest_part, np.maximum(of_patient_part, training_part))
     of_patients_alone = total - training_part
