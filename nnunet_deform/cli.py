@@ -354,6 +354,13 @@ compare = typer.Typer(
 app.add_typer(compare, name="compare")
 
 _ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file.")]
+_AcceptVersions = Annotated[
+    bool,
+    typer.Option(
+        "--accept-versions",
+        help="Go on although earlier trainings were made with other releases of what makes training data or networks.",
+    ),
+]
 
 
 @contextlib.contextmanager
@@ -385,14 +392,14 @@ def _comparison_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened_comparison(file: Path) -> Iterator["Comparison"]:
+def _opened_comparison(file: Path, *, accept_versions: bool = False) -> Iterator["Comparison"]:
     """The experiment, while signals end its commands too."""
     with _comparison_errors():
         from nnunet_deform.commands import Interrupts
         from nnunet_deform.comparison.run import Comparison
 
         with Interrupts() as interrupts:
-            yield Comparison(file, Console(), interrupts)
+            yield Comparison(file, Console(), interrupts, accept_versions=accept_versions)
 
 
 @compare.command("init")
@@ -417,15 +424,14 @@ def compare_init(
 
 
 @compare.command("run")
-def compare_run(file: _ExperimentFile) -> None:
+def compare_run(file: _ExperimentFile, accept_versions: _AcceptVersions = False) -> None:
     """Plan, preprocess, train, predict, score and report; goes on where an earlier run stopped."""
-    with _opened_comparison(file) as comparison:
+    with _opened_comparison(file, accept_versions=accept_versions) as comparison:
         from nnunet_deform.comparison.report import build_report
-        from nnunet_deform.comparison.run import declaration
 
         with comparison.locked():
             failures = comparison.run()
-        page = build_report(file, declaration(comparison.experiment))
+        page = build_report(file)
     print(f"Report: {page}")
     if failures:
         raise _fail("\n".join(["the report is incomplete, because these failed:", *failures]))
@@ -448,10 +454,12 @@ def compare_prepare(file: _ExperimentFile) -> None:
 
 @compare.command("train")
 def compare_train(
-    file: _ExperimentFile, job: Annotated[str, typer.Option("--job", help="Its number or name, of compare jobs.")]
+    file: _ExperimentFile,
+    job: Annotated[str, typer.Option("--job", help="Its number or name, of compare jobs.")],
+    accept_versions: _AcceptVersions = False,
 ) -> None:
     """Train, validate and score one training: one job on a cluster. A finished one is left alone."""
-    with _opened_comparison(file) as comparison:
+    with _opened_comparison(file, accept_versions=accept_versions) as comparison:
         training = comparison.find_training(job)
         with comparison.locked(training.key):
             comparison.train(training)
@@ -492,9 +500,7 @@ def compare_workflow(file: _ExperimentFile) -> None:
 def compare_report(file: _ExperimentFile) -> None:
     """Write the report of what is finished."""
     with _comparison_errors():
-        from nnunet_deform.comparison.experiment import load_experiment
         from nnunet_deform.comparison.report import build_report
-        from nnunet_deform.comparison.run import declaration
 
-        page = build_report(file, declaration(load_experiment(file)))
+        page = build_report(file)
     print(f"Report: {page}")

@@ -1,4 +1,4 @@
-"""Trainer variants by name, for our trainers and nnU-Net's own:
+"""Trainer variants by name, for our trainers, nnU-Net's own and those that ``nnUNet_extTrainer`` leads to:
 ``<trainer>[_AdamW][_lr{rate}][_{N}epochs[{M}iters]][_seed{S}][_unmirrored]``.
 
 A variant is a class like any other: importable from this module and picklable under its name, and nnU-Net finds it
@@ -18,6 +18,7 @@ again when it predicts. The suffixes mean:
 """
 
 import math
+import os
 import random
 import re
 from os.path import join
@@ -29,11 +30,13 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
+import nnunet_deform
 from nnunet_deform import trainers
 from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
 from nnunet_deform.trainers.numerical_guard import NumericalGuard
 from nnunet_deform.trainers.recipes import AdamWRecipe
 
+_EXTERNAL_TRAINERS = "nnUNet_extTrainer"
 _NAME = re.compile(
     r"(?P<base>nnUNetTrainer\w*?)"
     r"(?P<adamw>_AdamW)?"
@@ -50,7 +53,7 @@ class RateError(AttributeError):
 
 
 def find_trainer(name: str) -> type[nnUNetTrainer]:
-    """One of our trainers, or a variant of one of ours or of nnU-Net's own.
+    """One of our trainers, or a variant of any that nnU-Net finds.
 
     Raises:
         RateError: a variant but for its learning rate.
@@ -82,9 +85,15 @@ def _find_base(name: str) -> type[nnUNetTrainer]:
         "nnunetv2.training.nnUNetTrainer",
         nnunetv2.__path__[0],
     )
-    if stock is None:
-        raise AttributeError(f"{name!r} is no trainer of nnunet-deform or nnU-Net, so it has no variants.")
-    return stock
+    if stock is not None:
+        return stock
+    for folder in filter(os.path.exists, os.environ.get(_EXTERNAL_TRAINERS, "").split(os.pathsep)):
+        # Ours would be asked for what it is just looking for.
+        if not os.path.samefile(folder, os.path.join(nnunet_deform.__path__[0], "_ext")):
+            found = recursive_find_python_class(folder, name, None, cleanup_imports_from_base_folder=True)
+            if found is not None:
+                return found
+    raise AttributeError(f"nnU-Net finds no trainer {name!r}, so it has no variants.")
 
 
 def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) -> type[nnUNetTrainer]:

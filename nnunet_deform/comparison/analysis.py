@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
+from nnunet_deform.comparison.evidence import estimate
 from nnunet_deform.comparison.experiment import Experiment
 from nnunet_deform.comparison.metrics import METRICS, Metric
 from nnunet_deform.comparison.ranking import Ranking, beaten_ranks, bootstrap_ranking
-from nnunet_deform.comparison.statistics import (
-    REQUIRED_SEEDS,
+from nnunet_deform.comparison.scores import Scores
+from nnunet_deform.comparison.statistics import SeedNoise, bootstrap_means, holm, seed_noise
+from nnunet_deform.comparison.trainings import Training
+from nnunet_deform.comparison.verdicts import (
+    REQUIRED_TRAINING_FREEDOM,
     Contrast,
-    SeedNoise,
+    Kind,
+    Reason,
     Verdict,
-    bca_interval,
-    bootstrap_means,
-    detectable_effect,
-    holm,
+    contrasts,
+    hardly_learned,
     judge,
-    paired_differences,
-    patient_sums,
-    seed_noise,
-    signed_rank,
-    smallest_adjusted,
+    turned,
 )
 
 
 @dataclass(frozen=True)
 class MetricAnalysis:
-    """One metric on one dataset, all complete arms, first seed, out of fold.
+    """One metric on one dataset, all complete arms, out of fold.
 
-    scores: [arms, cases], a case's mean over its scored classes; by_class: [arms, classes], the mean over cases, as in
-    nnU-Net; means and intervals: of each arm, the latter [2, arms]; contrasts: all pairs of arms, Holm over these pairs
-    (exploratory); differences: [pairs, cases], what each of these contrasts is about; by_class_contrasts: class by
-    class; seed_means: of each training, on the scale of the differences, where a structure that is rightly left out and
-    drawn by another training has the best score; noise: of seeds; no_score: [arms], cells without a score, because
-    a structure is rightly absent; ranking: None with fewer than two arms.
+    scores: [arms, cases], a case's mean over its classes and the arm's trainings; by_class: [arms, classes], the mean
+    over patients; means and intervals: of each arm, the latter [2, arms]; contrasts: all pairs of arms, each at alpha
+    alone (exploratory), p_holm over these pairs; differences: [pairs, cases]; by_class_contrasts: class by class;
+    seed_means: of each training; noise: of seeds; ranking: None with fewer than two arms.
     """
 
     metric: Metric
@@ -49,11 +45,11 @@ class MetricAnalysis:
     means: np.ndarray
     intervals: np.ndarray
     contrasts: tuple[Contrast, ...]
+    p_holm: np.ndarray
     differences: np.ndarray
     by_class_contrasts: dict[str, tuple[Contrast, ...]]
     noise: SeedNoise
     seed_means: pd.DataFrame
-    no_score: np.ndarray
     ranking: Ranking | None
 
     def contrast(self, first: str, second: str) -> Contrast:
@@ -62,11 +58,11 @@ class MetricAnalysis:
             if (contrast.first, contrast.second) == (first, second):
                 return contrast
             if (contrast.first, contrast.second) == (second, first):
-                return _turned(contrast)
+                return turned(contrast)
         raise KeyError((first, second))
 
     def case_differences(self, first: str, second: str) -> np.ndarray:
-        """What :meth:`contrast` is about: [cases], NaN where neither arm has a score."""
+        """What :meth:`contrast` is about, [cases]."""
         for contrast, values in zip(self.contrasts, self.differences, strict=True):
             if (contrast.first, contrast.second) == (first, second):
                 return values
@@ -77,9 +73,10 @@ class MetricAnalysis:
 
 @dataclass(frozen=True)
 class DatasetAnalysis:
-    """arms: complete ones, in the experiment's order; incomplete: why the others are left out of all statistics;
-    cases, patients: of the columns of every ``scores``; seeds: how many each complete arm has, at most, on a fold;
-    failed: mean Dice of the classes that an arm hardly learned, at most a tenth of the best arm's."""
+    """arms: those with a training of every fold, in the experiment's order; incomplete: why the others are left out of
+    all but the hypotheses; cases, patients: of the columns of every ``scores``; trainings: how many each arm has;
+    absent: cells of case and class that are absent from the truth; drawn: how many of them a training of each arm draws
+    on average; failed: arms that hardly learned beside the best of each class, and their mean Dice there."""
 
     dataset: str
     configuration: str
@@ -88,7 +85,9 @@ class DatasetAnalysis:
     cases: tuple[str, ...]
     patients: tuple[str, ...]
     labels: tuple[str, ...]
-    seeds: dict[str, int]
+    trainings: dict[str, int]
+    absent: int
+    drawn: dict[str, float]
     failed: dict[str, dict[str, float]]
     metrics: dict[str, MetricAnalysis]
 
@@ -99,7 +98,7 @@ class DatasetAnalysis:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A declared pair on one dataset; contrast is None where an arm is incomplete."""
+    """A declared pair on one dataset; contrast is None where the arms have no fold in common."""
 
     dataset: str
     configuration: str
@@ -118,86 +117,86 @@ class Analysis:
     datasets: tuple[DatasetAnalysis, ...]
     hypotheses: tuple[Hypothesis, ...]
 
-    @property
-    def summary(self) -> str:
-        """What may be said, in one sentence."""
-        kinds = [hypothesis.verdict.kind for hypothesis in self.hypotheses]
-        total = len(kinds)
-        winners = [h for h in self.hypotheses if h.verdict.kind == "better"]
-        if not winners and "equivalent" not in kinds:
-            if total == 1:
-                none = "The arms of the declared hypothesis are not distinguishable with this evidence."
-            else:
-                none = f"In none of the {total} declared comparisons are the arms distinguishable with this evidence."
-            return none + self._failures
-        parts = [
-            f"{h.verdict.winner} is better than {h.second if h.verdict.winner == h.first else h.first} on {h.title}"
-            for h in winners
-        ]
-        parts += [
-            f"{h.first} and {h.second} are equivalent on {h.title}"
-            for h in self.hypotheses
-            if h.verdict.kind == "equivalent"
-        ]
-        rest = kinds.count("not distinguishable")
-        if rest:
-            parts.append(f"the arms of {rest} of {total} comparisons are not distinguishable")
-        return "; ".join(parts) + "." + self._failures
 
-    @property
-    def _failures(self) -> str:
-        arms = dict.fromkeys(arm for dataset in self.datasets for arm in dataset.failed)
-        return f" {', '.join(arms)} hardly learned to segment, which says nothing about networks." if arms else ""
-
-
-def analyse(experiment: Experiment, cases: pd.DataFrame, missing: dict[tuple[str, str, str], str]) -> Analysis:
+def analyse(experiment: Experiment, cases: pd.DataFrame, missing: Mapping[Training, str]) -> Analysis:
     """
     Args:
         cases: the collected out-of-fold table.
-        missing: why arms are incomplete, by (dataset, configuration, arm).
+        missing: why trainings of the experiment have no scores.
     """
-    settings = experiment.statistics
     keys = list(dict.fromkeys(zip(cases["dataset"], cases["configuration"], strict=True)))
-    keys += [key for key in dict.fromkeys((d, c) for d, c, _ in missing) if key not in keys]
+    keys += [key for key in dict.fromkeys((t.dataset, t.configuration) for t in missing) if key not in keys]
     family = len(experiment.hypotheses) * max(1, len(keys))
-    datasets = []
+    datasets, hypotheses = [], []
     for dataset, configuration in keys:
         table = cases[(cases["dataset"] == dataset) & (cases["configuration"] == configuration)]
-        incomplete = {arm: why for (d, c, arm), why in missing.items() if (d, c) == (dataset, configuration)}
-        datasets.append(_analyse_dataset(experiment, dataset, configuration, table, incomplete, family))
-
-    declared = [(analysis, pair) for analysis in datasets for pair in experiment.hypotheses]
-    contrasts: list[Contrast | None] = [
-        analysis.metrics[experiment.primary].contrast(*pair) if set(pair) <= set(analysis.arms) else None
-        for analysis, pair in declared
-    ]
-    p_values = [float("nan") if contrast is None else contrast.p for contrast in contrasts]
-    smallest = smallest_adjusted(p_values, [0 if contrast is None else contrast.patients for contrast in contrasts])
-    hypotheses = []
-    for (analysis, (first, second)), contrast, p_holm, smallest_p in zip(
-        declared, contrasts, holm(p_values), smallest, strict=True
-    ):
-        if contrast is None:
-            reasons = [f"{arm}: {why}" for arm, why in analysis.incomplete.items() if arm in (first, second)]
-            sentence = f"{first} and {second} are not distinguishable: evidence is missing ({'; '.join(reasons)})."
-            verdict = Verdict("not distinguishable", None, sentence)
-        else:
-            contrast = replace(contrast, p_holm=float(p_holm))
-            metric = analysis.metrics[experiment.primary]
-            verdict = judge(
-                contrast,
-                noise=metric.noise,
-                seeds=(analysis.seeds[first], analysis.seeds[second]),
-                folds=len(experiment.folds),
-                family=len(declared),
-                smallest_p=float(smallest_p),
-                band=settings.band,
-                alpha=settings.alpha,
-                higher_is_better=metric.metric.higher_is_better,
-                number="{:+." + str(metric.metric.decimals) + "f}",
-            )
-        hypotheses.append(Hypothesis(analysis.dataset, analysis.configuration, first, second, contrast, verdict))
+        lacking = {t: why for t, why in missing.items() if (t.dataset, t.configuration) == (dataset, configuration)}
+        datasets.append(_analyse_dataset(experiment, dataset, configuration, table, lacking))
+        for first, second in experiment.hypotheses:
+            contrast, verdict = _decide(experiment, first, second, table, lacking, family)
+            hypotheses.append(Hypothesis(dataset, configuration, first, second, contrast, verdict))
     return Analysis(tuple(datasets), tuple(hypotheses))
+
+
+def _decide(
+    experiment: Experiment,
+    first: str,
+    second: str,
+    table: pd.DataFrame,
+    missing: Mapping[Training, str],
+    family: int,
+) -> tuple[Contrast | None, Verdict]:
+    """Of a declared pair, from the scores of its two arms alone."""
+    scores = Scores(table[table["arm"].isin((first, second))], (first, second))
+    metric = METRICS[experiment.primary]
+    lacking = {t: why for t, why in missing.items() if t.arm in (first, second)}
+    alike = experiment.paired_starts(first, second)
+    contrast = None
+    if len(scores.table):
+        values = scores.of_cases(metric.name)[..., :1]
+        of_first, of_second = scores.of_pair(values, first, second, alike)
+        if of_first:
+            (contrast,) = contrasts(
+                of_first,
+                of_second,
+                names=(first, second),
+                metric=metric.name,
+                cases=_common_cases(scores, first, second, alike),
+                paired_starts=alike,
+                alpha=experiment.statistics.alpha,
+                family=family,
+                band=experiment.statistics.band,
+            )
+    trained = set(scores.table["arm"])
+    crashed = {
+        arm: {}
+        for arm in (first, second)
+        if arm not in trained and any(t.arm == arm and why.startswith("failed") for t, why in lacking.items())
+    }
+    words = tuple(f"{t.arm}, seed {t.seed}, fold {t.fold}: {why}" for t, why in lacking.items())
+    if crashed:
+        return contrast, Verdict(Kind.NOT_COMPARABLE, reason=Reason.FAILED, missing=words, arms=crashed)
+    if contrast is not None and (hardly := hardly_learned(_present_dice(scores.table))):
+        return contrast, Verdict(Kind.NOT_COMPARABLE, reason=Reason.HARDLY_LEARNED, arms=hardly)
+    if lacking or contrast is None:
+        return contrast, Verdict(Kind.UNDECIDED, reason=Reason.MISSING, missing=words)
+    return contrast, judge(contrast, higher_is_better=metric.higher_is_better)
+
+
+def _common_cases(scores: Scores, first: str, second: str, paired_starts: bool) -> int:
+    one, two = (scores.trained[scores.arms.index(arm)] for arm in (first, second))
+    common = (one & two).any(axis=1) if paired_starts else one.any(axis=1) & two.any(axis=1)
+    folds = [fold for fold, both in zip(scores.folds, common, strict=True) if both]
+    return int(scores.table[scores.table["fold"].isin(folds)]["case"].nunique())
+
+
+def _present_dice(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Mean Dice of each class by arm, over the cases that have the structure."""
+    means = table[table["voxels_truth"] > 0].groupby(["arm", "label"])["Dice"].mean()
+    found: dict[str, dict[str, float]] = {}
+    for (arm, label), value in means.items():
+        found.setdefault(arm, {})[label] = float(value)
+    return found
 
 
 def _analyse_dataset(
@@ -205,185 +204,125 @@ def _analyse_dataset(
     dataset: str,
     configuration: str,
     table: pd.DataFrame,
-    incomplete: dict[str, str],
-    family: int,
+    missing: Mapping[Training, str],
 ) -> DatasetAnalysis:
+    folds = table.drop_duplicates(["arm", "fold"]).groupby("arm")["fold"].agg(set)
+    incomplete = {}
+    for arm in (arm.name for arm in experiment.arms):
+        lacking = [fold for fold in experiment.folds if fold not in folds.get(arm, ())]
+        if lacking:
+            whys = {t.fold: why for t, why in missing.items() if t.arm == arm and t.fold in lacking}
+            incomplete[arm] = "; ".join(f"fold {fold} {whys.get(fold, 'has no scores')}" for fold in lacking)
     arms = tuple(arm.name for arm in experiment.arms if arm.name not in incomplete)
-    table = table[table["arm"].isin(arms)]
-    first = table[table["seed"] == experiment.seeds.first]
-    by_case = first.drop_duplicates("case").sort_values("case")
-    seeds = table.groupby(["arm", "fold"])["seed"].nunique()
-    labels = tuple(dict.fromkeys(table["label"]))
+    scores = Scores(table[table["arm"].isin(arms)], arms)
+    first_class = scores.table.drop_duplicates(["arm", "fold", "seed"])
+    absent = scores.table[scores.table["voxels_truth"] == 0]
     analysis = DatasetAnalysis(
         dataset=dataset,
         configuration=configuration,
         arms=arms,
         incomplete=incomplete,
-        cases=tuple(by_case["case"]),
-        patients=tuple(by_case["patient"]),
-        labels=labels,
-        seeds={arm: int(seeds[arm].max()) for arm in arms},
-        failed=_failed(first, arms, labels),
+        cases=scores.cases,
+        patients=scores.patients,
+        labels=scores.labels,
+        trainings={arm: int((first_class["arm"] == arm).sum()) for arm in arms},
+        absent=len(absent.drop_duplicates(["case", "label"])),
+        drawn={arm: _drawn(absent[absent["arm"] == arm]) for arm in arms},
+        failed=hardly_learned(_present_dice(scores.table)),
         metrics={},
     )
     if not arms:
         return analysis
-    metrics = {
-        name: _analyse_metric(experiment, metric, first, table, analysis, family) for name, metric in METRICS.items()
-    }
+    metrics = {name: _analyse_metric(experiment, metric, scores, analysis.failed) for name, metric in METRICS.items()}
     return replace(analysis, metrics=metrics)
 
 
-def _failed(first: pd.DataFrame, arms: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    means = first.groupby(["arm", "label"])["Dice"].mean()
-    limits = means.groupby("label").max() / 10
-    failed = {arm: {x: float(means[arm, x]) for x in labels if means[arm, x] <= limits[x]} for arm in arms}
-    return {arm: classes for arm, classes in failed.items() if classes}
+def _drawn(absent: pd.DataFrame) -> float:
+    """Structures that a training draws where there are none, the sum over folds of the mean over seeds."""
+    drawn = (absent["voxels_prediction"] > 0).groupby([absent["fold"], absent["seed"]]).sum()
+    return float(drawn.groupby("fold").mean().sum())
 
 
 def _analyse_metric(
-    experiment: Experiment,
-    metric: Metric,
-    first: pd.DataFrame,
-    table: pd.DataFrame,
-    analysis: DatasetAnalysis,
-    family: int,
+    experiment: Experiment, metric: Metric, scores: Scores, failed: Mapping[str, object]
 ) -> MetricAnalysis:
     settings = experiment.statistics
-    arms, patients = analysis.arms, analysis.patients
-    cells = np.full((len(arms), len(analysis.cases), len(analysis.labels)), np.nan)
-    index = (
-        pd.Categorical(first["arm"], arms).codes,
-        pd.Categorical(first["case"], analysis.cases).codes,
-        pd.Categorical(first["label"], analysis.labels).codes,
-    )
-    cells[index] = first[metric.name].to_numpy(dtype=float)
-    # For the ranking every arm needs a score wherever one has it, by the same rule as in paired differences.
-    absent_for_all = np.isnan(cells).all(axis=0)
-    filled = np.where(np.isnan(cells) & ~absent_for_all, metric.perfect, cells)
-    scores, ranked = _mean(cells, 2), _mean(filled, 2)
-
-    pairs = list(itertools.combinations(range(len(arms)), 2))
-    differences = [paired_differences(cells[i], cells[j], perfect=metric.perfect) for i, j in pairs]
-    of_cases = [_mean(difference, 1) for difference in differences]
-    columns = [scores.T, ranked.T, *(values[:, None] for values in of_cases), *differences]
-    # The same random numbers for every dataset and metric, so that adding one changes no other's figures.
-    rng = np.random.default_rng(settings.seed)
-    sums, counts = patient_sums(np.concatenate(columns, axis=1), patients)
-    draws = bootstrap_means(sums, counts, settings.draws, rng)
-    low, high = bca_interval(sums, counts, draws)
-    equal_low, equal_high = bca_interval(sums, counts, draws, level=1 - 2 * settings.alpha / family)
-
+    arms, labels = scores.arms, scores.labels
+    values = scores.of_cases(metric.name)
+    of_arms = [estimate(scores.of_arm(values, arm)) for arm in arms]
+    intervals = [result.interval(settings.alpha) for result in of_arms]
+    pairs = list(itertools.combinations(arms, 2))
+    by_question = []
+    for pair in pairs:
+        alike = experiment.paired_starts(*pair)
+        by_question.append(
+            contrasts(
+                *scores.of_pair(values, *pair, alike),
+                names=pair,
+                metric=metric.name,
+                cases=len(scores.cases),
+                paired_starts=alike,
+                alpha=settings.alpha,
+            )
+        )
+    overall = tuple(questions[0] for questions in by_question)
     with np.errstate(invalid="ignore"):
-        of_patients = sums / counts
-    p_values, effects = signed_rank(of_patients)
-    values = np.concatenate(columns, axis=1)
-
-    def contrast(column: int, pair: tuple[int, int], adjusted: float, one_sided: int) -> Contrast:
-        units = of_patients[~np.isnan(of_patients[:, column]), column]
-        spread = float(np.std(units, ddof=1)) if len(units) > 1 else float("nan")
-        scored = values[~np.isnan(values[:, column]), column]
-        return Contrast(
-            first=arms[pair[0]],
-            second=arms[pair[1]],
-            metric=metric.name,
-            cases=len(scored),
-            patients=len(units),
-            mean=float(scored.mean()) if len(scored) else float("nan"),
-            median=float(np.median(scored)) if len(scored) else float("nan"),
-            interval=(float(low[column]), float(high[column])),
-            equivalence=(float(equal_low[column]), float(equal_high[column])),
-            p=float(p_values[column]),
-            p_holm=adjusted,
-            rank_biserial=float(effects[column]),
-            detectable=detectable_effect(len(units), settings.alpha / family) * spread,
-            one_sided_absent=one_sided,
-        )
-
-    def contrasts(start: int, step: int, one_sided: Sequence[int]) -> tuple[Contrast, ...]:
-        of_pairs = [start + number * step for number in range(len(pairs))]
-        adjusted = holm(p_values[of_pairs])
-        return tuple(
-            contrast(column, pair, float(p), count)
-            for column, pair, p, count in zip(of_pairs, pairs, adjusted, one_sided, strict=True)
-        )
-
-    alone = [np.isnan(cells[i]) != np.isnan(cells[j]) for i, j in pairs]
-    start = 2 * len(arms)
-    overall = contrasts(start, 1, [int(one.sum()) for one in alone])
-    classes = len(analysis.labels)
-    by_class = {
-        label: contrasts(start + len(pairs) + number, classes, [int(one[:, number].sum()) for one in alone])
-        for number, label in enumerate(analysis.labels)
-    }
-    ranking = None
-    if pairs:
-        sign = 1 if metric.higher_is_better else -1
-        tested = beaten_ranks(
-            sign * np.array([c.mean for c in overall]), np.array([c.p for c in overall]), settings.alpha
-        )
-        ranked_columns = slice(len(arms), 2 * len(arms))
-        ranking = bootstrap_ranking(sign * _mean(ranked, 1), sign * draws[:, ranked_columns], tested)
-    noise, seed_means = _seed_noise(experiment, metric, table, analysis)
+        of_cases = np.nanmean(values[..., 0], axis=1)
+    seed_means = scores.of_trainings(values, metric.name)
+    p_holm = holm([contrast.p for contrast in overall])
     return MetricAnalysis(
         metric=metric,
-        scores=scores,
-        by_class=_mean(cells, 1),
-        means=_mean(scores, 1),
-        intervals=np.stack([low, high])[:, : len(arms)],
+        scores=of_cases,
+        by_class=np.array([result.mean[1:] for result in of_arms]),
+        means=np.array([result.mean[0] for result in of_arms]),
+        intervals=np.array([[low[0] for low, _ in intervals], [high[0] for _, high in intervals]]),
         contrasts=overall,
-        differences=np.array(of_cases),
-        by_class_contrasts=by_class,
-        noise=noise,
+        p_holm=p_holm,
+        differences=np.array([of_cases[arms.index(one)] - of_cases[arms.index(two)] for one, two in pairs]),
+        by_class_contrasts={
+            label: tuple(questions[1 + number] for questions in by_question) for number, label in enumerate(labels)
+        },
+        noise=_seed_noise(experiment, arms, seed_means, failed),
         seed_means=seed_means,
-        no_score=np.isnan(cells).sum(axis=(1, 2)),
-        ranking=ranking,
+        ranking=_rank(experiment, metric, scores, values, overall) if pairs else None,
     )
+
+
+def _rank(
+    experiment: Experiment, metric: Metric, scores: Scores, values: np.ndarray, overall: Sequence[Contrast]
+) -> Ranking:
+    of_patients = np.stack(
+        [np.concatenate([fold[0].mean(axis=1) for fold in scores.of_arm(values, arm)]) for arm in scores.arms], axis=1
+    )
+    # The same random numbers for every dataset and metric, so that adding one changes no other's figures.
+    rng = np.random.default_rng(experiment.statistics.seed)
+    draws = bootstrap_means(of_patients, experiment.statistics.draws, rng)
+    sign = 1 if metric.higher_is_better else -1
+    tested = beaten_ranks(
+        sign * np.array([c.mean for c in overall]),
+        np.array([1.0 if c.ranks_contradict else c.p for c in overall]),
+        experiment.statistics.alpha,
+    )
+    return bootstrap_ranking(sign * of_patients.mean(axis=0), sign * draws, tested)
 
 
 def _seed_noise(
-    experiment: Experiment, metric: Metric, table: pd.DataFrame, analysis: DatasetAnalysis
-) -> tuple[SeedNoise, pd.DataFrame]:
-    """The noise, and the mean score of each training, columns arm, fold, seed and the metric.
-
-    Arms that hardly learned are not in the noise: their distance to the others would pass for that of methods.
-    """
-    scored = table.groupby(["case", "label"])[metric.name].transform("count") > 0
-    values = table[metric.name].mask(table[metric.name].isna() & scored, metric.perfect)
-    of_cases = values.groupby([table[key] for key in ("arm", "fold", "seed", "case")]).mean()
-    means = of_cases.groupby(["arm", "fold", "seed"]).mean()
+    experiment: Experiment, arms: Sequence[str], seed_means: pd.DataFrame, failed: Mapping[str, object]
+) -> SeedNoise:
+    """Arms that hardly learned are left out: their distance to the others would pass for that of methods."""
     seeds = [experiment.seeds.first, *experiment.seeds.repeats]
-    learned = [arm for arm in analysis.arms if arm not in analysis.failed]
+    learned = [arm for arm in arms if arm not in failed]
     cube = np.full((len(experiment.folds), len(learned), len(seeds)), np.nan)
-    for (arm, fold, seed), value in means.items():
+    for arm, fold, seed, value in seed_means.itertuples(index=False):
         if arm in learned:
             cube[experiment.folds.index(fold), learned.index(arm), seeds.index(seed)] = value
-    return seed_noise(cube), means.reset_index()
+    return seed_noise(cube)
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of what is not NaN; NaN where nothing is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(values, axis=axis)
-
-
-def _turned(contrast: Contrast) -> Contrast:
-    def flip(ends: tuple[float, float]) -> tuple[float, float]:
-        return -ends[1], -ends[0]
-
-    return replace(
-        contrast,
-        first=contrast.second,
-        second=contrast.first,
-        mean=-contrast.mean,
-        median=-contrast.median,
-        interval=flip(contrast.interval),
-        equivalence=flip(contrast.equivalence),
-        rank_biserial=-contrast.rank_biserial,
-    )
-
-
-def few_seeds(analysis: DatasetAnalysis) -> list[str]:
-    """Arms with fewer seeds than a verdict needs."""
-    return [arm for arm, count in analysis.seeds.items() if count < REQUIRED_SEEDS]
+def few_trainings(analysis: DatasetAnalysis) -> list[str]:
+    """Complete arms whose trainings say too little about how much one differs from the next."""
+    if not analysis.metrics:
+        return []
+    means = next(iter(analysis.metrics.values())).seed_means
+    freedom = means.groupby("arm").size() - means.groupby("arm")["fold"].nunique()
+    return [arm for arm in analysis.arms if freedom[arm] < REQUIRED_TRAINING_FREEDOM]

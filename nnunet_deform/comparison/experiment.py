@@ -16,6 +16,8 @@ _TRAINER = re.compile(r"nnUNetTrainer[\w.+-]*")
 _DATASET = re.compile(r"Dataset\d{3}_[^*?\[\]/\\]+")
 _LENGTH_OR_SEED = re.compile(r"_(\d+epochs|\d+iters|seed\d+|unmirrored)(?=_|$)")
 
+MOST_HYPOTHESES = 6
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*$")]
 MetricName = Literal["Dice", "NSD", "HD95"]
 
@@ -75,12 +77,11 @@ class Arm(_Strict):
 
 
 class Seeds(_Strict):
-    """first: for every arm and fold, and what the tests use; repeats: further seeds, on ``folds`` (None: all), for
-    ``arms`` (None: all)."""
+    """first: for every arm and fold; repeats: further seeds, on ``folds`` (None: all), for ``arms`` (None: all)."""
 
     first: Annotated[int, Field(ge=0)] = 1
     repeats: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    folds: tuple[int, ...] | None = (0,)
+    folds: tuple[int, ...] | None = None
     arms: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
@@ -105,7 +106,7 @@ class Budget(_Strict):
 
 class Statistics(_Strict):
     """alpha: level of the whole family; band: differences within +-band count as equal, in the metric's unit;
-    draws: of the bootstrap; seed: of its random numbers."""
+    draws: of the ranking's bootstrap; seed: of its random numbers."""
 
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     band: Annotated[float, Field(gt=0)] = 0.005
@@ -125,8 +126,8 @@ class Experiment(_Strict):
     """See ``nnunet-deform compare init`` for a commented example.
 
     mirroring: whether predictions average over mirrored images, as nnU-Net's own validation does;
-    hypotheses: pairs of arms, declared before the run, on the ``primary`` metric and every dataset: the family over
-    which Holm's adjustment runs.
+    hypotheses: pairs of arms, declared before the run, on the ``primary`` metric and every dataset: they share alpha.
+    All other pairs are exploratory.
     """
 
     name: Name
@@ -167,6 +168,16 @@ class Experiment(_Strict):
                 f"{checkpoint!r} would be chosen by the very cases it is scored on; only checkpoint_final is allowed."
             )
         return checkpoint
+
+    @field_validator("hypotheses")
+    @classmethod
+    def _a_handful(cls, hypotheses: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        if len(hypotheses) > MOST_HYPOTHESES:
+            raise ValueError(
+                f"{len(hypotheses)} hypotheses share alpha, so that hardly any can be decided; declare at most "
+                f"{MOST_HYPOTHESES}. The report shows all other pairs of arms as exploratory."
+            )
+        return hypotheses
 
     @field_validator("arms")
     @classmethod
@@ -213,6 +224,16 @@ class Experiment(_Strict):
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
+
+    def paired_starts(self, first: str, second: str) -> bool:
+        """Whether two arms are a network and an ablation, a twin or another recipe of it, on the same plans: such
+        networks start from the same weights at a seed, wherever they have the same parameters.
+
+        By the trainers' names, which are alike up to the first underscore. Where a name misleads nothing is wrong, only
+        fewer (alike) or more (not alike) trainings are needed: both analyses hold for arms of either sort.
+        """
+        one, two = self.arm(first), self.arm(second)
+        return one.plans == two.plans and one.trainer.split("_")[0] == two.trainer.split("_")[0]
 
     def trainer_name(self, arm: Arm, seed: int) -> str:
         """The class that nnU-Net is told to train: the arm's trainer with this experiment's suffixes."""
@@ -389,19 +410,19 @@ arms:
 
 folds: [0, 1, 2, 3, 4]
 
-# The tests use the first seed, on all folds. Repeats say how much trainings of one arm differ; without three seeds of
-# both its arms a hypothesis cannot be decided.
+# How much trainings of one arm differ by chance must be known: both arms of a hypothesis need at least six trainings
+# beyond the first of each fold, as three seeds on three folds give.
 seeds:
   first: 1
   repeats: [2, 3]
-  folds: [0]
+  folds: [0, 1, 2]
 
 # The same for every arm; left out, each trainer's own (1000 epochs of 250 iterations).
 # budget: {{epochs: 100, iterations: 250}}
 
 mirroring: true # predictions average over mirrored images, as nnU-Net's; 8 times the cost in 3D
 
-# Declared before the run: the pairs that are tested on the primary metric. All else is exploratory.
+# Declared before the run: the pairs that are tested on the primary metric, at most six. All else is exploratory.
 primary: Dice
 hypotheses:
   - [DeformUX, ResEncM]

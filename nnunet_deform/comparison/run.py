@@ -27,8 +27,9 @@ from nnunet_deform.comparison.collect import (
     write_ensemble,
 )
 from nnunet_deform.comparison.cost import costs_file
+from nnunet_deform.comparison.declaration import declaration, declare
 from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
-from nnunet_deform.comparison.files import read_json, write_json, write_text
+from nnunet_deform.comparison.files import read_json, write_text
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, prepare_dataset
 from nnunet_deform.comparison.trainings import (
     Training,
@@ -40,6 +41,7 @@ from nnunet_deform.comparison.trainings import (
     list_trainings,
     now,
     read_record,
+    refuse_other_versions,
 )
 
 try:
@@ -59,8 +61,11 @@ def _ignore(_line: str) -> None:
 class Comparison:
     """An experiment file with its folders, and the commands that it needs."""
 
-    def __init__(self, file: Path, console: Console, interrupts: Interrupts) -> None:
+    def __init__(self, file: Path, console: Console, interrupts: Interrupts, *, accept_versions: bool = False) -> None:
         """
+        Args:
+            accept_versions: train although earlier trainings were made with other releases of what makes them.
+
         Raises:
             ExperimentError, PreparationError: see there.
         """
@@ -72,6 +77,7 @@ class Comparison:
         self.datasets: dict[str, DatasetFolders] = {found.name: found for found in listed}
         self._console = console
         self._interrupts = interrupts
+        self._accept_versions = accept_versions
         self._locks: tuple[int, ...] = ()
 
     def _environment(self) -> dict[str, str]:
@@ -145,13 +151,12 @@ class Comparison:
                 self._locks = outer
 
     def prepare(self) -> None:
-        """Declare the hypotheses, plan, preprocess, make folds.
+        """Plan, preprocess, make folds; then declare what is going to be compared.
 
         Raises:
             RunError, PreparationError, SplitError, TrainingError: see there.
         """
         self.folders.output.mkdir(parents=True, exist_ok=True)
-        self._declare()
         for dataset in self.experiment.datasets:
             logs = self.folders.output / "logs" / find_dataset(dataset, self.folders).name
 
@@ -161,14 +166,10 @@ class Comparison:
                 self._command(argv, logs / f"{words}.log", nnUNet_n_proc_DA="1")
 
             prepare_dataset(self.experiment, dataset, self.folders, self.file, run)
+        # After all checks, so that a refused experiment has declared nothing, and before the first training.
+        declare(self.folders.output, declaration(self.experiment, self.file), now())
         # A sign for schedulers, newer than the experiment file.
         write_text(self.folders.output / "prepared", f"{now()}\n")
-
-    def _declare(self) -> None:
-        """Keep what the first run declared, so that a report can tell when it was changed afterwards."""
-        file = self.folders.output / "declared.json"
-        if not file.exists():
-            write_json(file, {"date": now(), **declaration(self.experiment)})
 
     def find_training(self, job: str) -> Training:
         """By number or name (:attr:`Training.key`); names stay valid when the experiment grows.
@@ -210,10 +211,11 @@ class Comparison:
 
         Raises:
             RunError: the training failed; its record says how.
-            TrainingError: see :func:`nnunet_deform.comparison.trainings.is_done`.
+            TrainingError: see :func:`nnunet_deform.comparison.trainings.is_done` and ``refuse_other_versions`` there.
         """
         found = self.datasets[training.dataset]
         if not self.is_done(training):
+            self._refuse_other_versions()
             command = training.command(self.folders.results, self.experiment.device)
             record = begin(training, found, self.folders, command, self.experiment.device)
             started = time.monotonic()
@@ -236,6 +238,10 @@ class Comparison:
                     raise RunError(how)
             finish(training, self.folders, record, time.monotonic() - started)
         score_training(self.experiment, training, found, self.folders)
+
+    def _refuse_other_versions(self) -> None:
+        if not self._accept_versions:
+            refuse_other_versions(self.trainings, self.folders)
 
     def arms(self) -> list[list[Training]]:
         """Each arm's trainings with the first seed on a dataset, one a fold."""
@@ -304,6 +310,8 @@ class Comparison:
         failures: list[str] = []
         # Before any time is spent: results that may not be mixed are refused.
         todo = [training for training in self.trainings if not self.is_done(training)]
+        if todo:
+            self._refuse_other_versions()
         self._console.print(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them done.")
         with self._showing(todo) as clock:
             for training in self.trainings:
@@ -415,14 +423,3 @@ def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def declaration(experiment: Experiment) -> dict[str, object]:
-    """What must be decided before the results are seen."""
-    return {
-        "primary": experiment.primary,
-        "hypotheses": [list(pair) for pair in experiment.hypotheses],
-        "alpha": experiment.statistics.alpha,
-        "band": experiment.statistics.band,
-        "datasets": [[dataset.id, dataset.configuration] for dataset in experiment.datasets],
-    }

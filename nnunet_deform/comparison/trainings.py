@@ -7,14 +7,18 @@ import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import fingerprint, read_json, write_json
 from nnunet_deform.comparison.prepare import DatasetFolders, PreparationError, find_dataset, plans_name
 
-PACKAGES = ("nnunet-deform", "nnunetv2", "torch", "dynamic-network-architectures", "numpy", "monai")
+# What makes training data and networks; another release of these may be another training.
+TRAINING_PACKAGES = (
+    *("nnunet-deform", "nnunetv2", "dynamic-network-architectures", "batchgenerators", "batchgeneratorsv2", "timm"),
+)
+PACKAGES = (*TRAINING_PACKAGES, "torch", "numpy", "scipy", "SimpleITK", "monai")
 
 
 class TrainingError(RuntimeError):
@@ -146,13 +150,46 @@ def _describe_machine(device: str) -> str:
     return f"{model}, {platform.system()}"
 
 
+def installed_versions() -> dict[str, str]:
+    """Of :data:`PACKAGES` and Python."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return {**found, "python": platform.python_version()}
+
+
+def refuse_other_versions(trainings: Sequence[Training], folders: Folders) -> None:
+    """
+    Raises:
+        TrainingError: one of these trainings was begun with other releases of what makes training data and networks.
+    """
+    installed = installed_versions()
+    for training in trainings:
+        record = read_record(training, folders)
+        then = {} if record is None else record.versions
+        changed = [
+            f"{name} {then[name]}, not {installed[name]}"
+            for name in TRAINING_PACKAGES
+            if then.get(name, installed[name]) != installed[name]
+        ]
+        if changed:
+            raise TrainingError(
+                f"mixed versions: {training} was made with {'; '.join(changed)}, which may change data or networks; "
+                "install the old release, start anew in another output folder, or go on all the same with "
+                "--accept-versions."
+            )
+
+
 def current_record(training: Training, found: DatasetFolders, device: str) -> Record:
     """What the training would be made from now."""
     return Record(
         splits=fingerprint(found.splits_file),
         plans=fingerprint(found.plans_file(training.plans)),
         dataset=fingerprint(found.preprocessed / "dataset.json"),
-        versions={**{name: version(name) for name in PACKAGES}, "python": platform.python_version()},
+        versions=installed_versions(),
         machine=_describe_machine(device),
     )
 

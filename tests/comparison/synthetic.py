@@ -19,7 +19,7 @@ def make_experiment(arms: Sequence[str], **changes) -> Experiment:
         "datasets": [{"id": 501}],
         "arms": [{"name": arm, "trainer": f"nnUNetTrainer{arm}"} for arm in arms],
         "folds": [0, 1, 2, 3, 4],
-        "seeds": {"first": 1, "repeats": [2, 3], "folds": [0]},
+        "seeds": {"first": 1, "repeats": [2, 3]},
         "hypotheses": [list(arms[:2])],
         "device": "cpu",
         **changes,

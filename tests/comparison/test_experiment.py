@@ -142,8 +142,8 @@ def test_the_default_is_valid(load, tmp_path):
     assert experiment.datasets[0].id == 501
     assert experiment.datasets[0].test
     assert experiment.device == "cpu"
-    # 4 arms on 5 folds, and two more seeds of each on fold 0
-    assert len(list(experiment.trainings())) == 28
+    # 4 arms on 5 folds, and two more seeds of each on three of them
+    assert len(list(experiment.trainings())) == 44
     assert load(default_experiment("Dataset004_X", Path("e.yaml"))).datasets[0].id == "Dataset004_X"
 
 

@@ -41,7 +41,7 @@ def _all(dataset) -> dict[str, str]:
     curve = ([0, 1, 2], [1.0, 0.8, 0.7], [1.1, 0.9, 0.8])
     return {
         "distributions": figures.distributions(dataset, dice, "one"),
-        "differences": figures.paired_differences(dataset, dice, [("New", "Old")], 0.005, "two"),
+        "differences": figures.paired_differences(dataset, dice, {("New", "Old"): None}, 0.005, "two"),
         "ranking": figures.ranking_stability(dataset.arms, dice.ranking, "three"),
         "pareto": figures.pareto(dataset, dice, costs, "four"),
         "curves": figures.learning_curves(ARMS, {"New": [curve]}, "five"),
@@ -77,7 +77,7 @@ def test_differences_are_drawn_as_they_are_tested(dataset):
     dice = dataset.metrics["Dice"]
 
     def drawn(metric):
-        return figures.paired_differences(dataset, metric, [("New", "Old")], None, "one")
+        return figures.paired_differences(dataset, metric, {("New", "Old"): None}, None, "one")
 
     assert drawn(replace(dice, differences=dice.differences * 2)) != drawn(dice)
     assert drawn(replace(dice, scores=dice.scores * 2)) == drawn(dice)

@@ -274,4 +274,4 @@ def test_through_slurm_it_resumes_and_ends_as_an_undisturbed_run(small, tmp_path
     assert {file: digest for file, digest in small.folds().items() if file in finished} == finished
     pd.testing.assert_frame_equal(_table(small), _table(other))
     assert counts(small) == {}
-    assert json.loads((small.output / "declared.json").read_text())["hypotheses"] == [["DeformUX", "stock"]]
+    assert json.loads((small.output / "declared.json").read_text())["content"]["hypotheses"] == ["DeformUX - stock"]

@@ -15,7 +15,7 @@ from rich.console import Console
 from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.files import fingerprint
 from nnunet_deform.comparison.report import build_report
-from nnunet_deform.comparison.run import Comparison, declaration
+from nnunet_deform.comparison.run import Comparison
 
 EXPERIMENT = """\
 name: trial
@@ -87,7 +87,7 @@ class Trial:
         return self.comparison().run()
 
     def report(self) -> str:
-        return build_report(self.file, declaration(self.comparison().experiment)).read_text()
+        return build_report(self.file).read_text()
 
     def change(self, old: str, new: str) -> None:
         text = self.file.read_text()

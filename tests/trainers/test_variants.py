@@ -1,3 +1,4 @@
+import os
 import pickle
 import random
 import subprocess
@@ -56,6 +57,31 @@ def test_another_process_unpickles_a_variant(name) -> None:
     code = f"import pickle; print(pickle.loads({pickled!r}).__name__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == name
+
+
+def test_a_trainer_of_the_users_own_folder_has_variants(tmp_path, monkeypatch) -> None:
+    """README's example; without this it could be no arm of a comparison, which appends ``_seed``."""
+    mine = """
+from nnunet_deform.trainers import nnUNetTrainerDeformUX
+
+
+class nnUNetTrainerDeformUX_k5(nnUNetTrainerDeformUX):
+    network_options = {"kernel_size": 5}
+"""
+    (tmp_path / "mine.py").write_text(mine)
+    for folders in ([str(tmp_path), activation.extension_folder()], [activation.extension_folder(), str(tmp_path)]):
+        monkeypatch.setenv(activation.VARIABLE, os.pathsep.join(folders))
+        for name in (
+            "nnUNetTrainerDeformUX_k5_seed3",
+            "nnUNetTrainerDeformUX_k5_AdamW_4epochs20iters_seed1_unmirrored",
+        ):
+            found = recursive_find_trainer_class_by_name(name)
+            assert found.__name__ == name
+            assert found.network_options == {"kernel_size": 5}
+            assert recursive_find_trainer_class_by_name(name) is found
+            code = f"import pickle; print(pickle.loads({pickle.dumps(found)!r}).network_options)"
+            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            assert result.stdout.strip() == "{'kernel_size': 5}"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -17,26 +17,35 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_deform import __version__
 from nnunet_deform.comparison import operators
-from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis, Hypothesis, MetricAnalysis, analyse, few_seeds
+from nnunet_deform.comparison.analysis import (
+    Analysis,
+    DatasetAnalysis,
+    Hypothesis,
+    MetricAnalysis,
+    analyse,
+    few_trainings,
+)
 from nnunet_deform.comparison.collect import Collected, collect, test_commands
 from nnunet_deform.comparison.cost import Cost, read_cost
+from nnunet_deform.comparison.declaration import declaration, differences, digest, read_declaration
+from nnunet_deform.comparison.evidence import estimate
 from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
 from nnunet_deform.comparison.files import read_json, write_text
 from nnunet_deform.comparison.metrics import METRICS, Metric
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset
 from nnunet_deform.comparison.report import figures
-from nnunet_deform.comparison.statistics import REQUIRED_SEEDS, Contrast, bca_interval, bootstrap_means, patient_sums
+from nnunet_deform.comparison.report.words import p_value, sentence, summary
 from nnunet_deform.comparison.trainings import Record, Training, list_trainings, now, read_record
+from nnunet_deform.comparison.verdicts import REQUIRED_TRAINING_FREEDOM, Contrast
 
 _NNUNETS_EPOCHS, _NNUNETS_ITERATIONS = 1000, 250
 
 
-def build_report(file: Path, declaration: Mapping[str, Any]) -> Path:
+def build_report(file: Path) -> Path:
     """Collect what the experiment has so far, and write ``report/`` into its output folder.
 
     Args:
         file: the experiment.
-        declaration: what the experiment declares now; compared with what its first run declared.
 
     Returns:
         The HTML page.
@@ -47,26 +56,16 @@ def build_report(file: Path, declaration: Mapping[str, Any]) -> Path:
     experiment = load_experiment(file)
     folders = find_folders(experiment, file)
     collected = collect(experiment, folders, file.resolve())
-    analysis = analyse(experiment, collected.cases, incomplete_arms(experiment, collected))
+    analysis = analyse(experiment, collected.cases, collected.missing)
     folder = folders.output / "report"
-    write_tables(folder, analysis, collected)
+    write_tables(folder, analysis, collected, experiment.statistics.band)
     histories = operators.read_histories(list_trainings(experiment, folders), folders.results)
     operators.last_epochs(histories).to_csv(folder / "operators.csv", index=False)
-    write_text(folder / "report.html", _render(experiment, file, folders, collected, analysis, histories, declaration))
+    write_text(folder / "report.html", _render(experiment, file, folders, collected, analysis, histories))
     return folder / "report.html"
 
 
-def incomplete_arms(experiment: Experiment, collected: Collected) -> dict[tuple[str, str, str], str]:
-    """Why an arm cannot be compared, by (dataset, configuration, arm): folds of the first seed without scores."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for training, why in collected.missing.items():
-        if training.seed == experiment.seeds.first:
-            key = (training.dataset, training.configuration, training.arm)
-            reasons.setdefault(key, []).append(f"fold {training.fold} {why}")
-    return {key: "; ".join(whys) for key, whys in reasons.items()}
-
-
-def write_tables(folder: Path, analysis: Analysis, collected: Collected) -> None:
+def write_tables(folder: Path, analysis: Analysis, collected: Collected, band: float) -> None:
     """cases.parquet and .csv, arms.csv and .tex, contrasts.csv, hypotheses.csv and .tex, in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     everything = pd.concat([collected.cases.assign(set="out of fold"), collected.test.assign(set="test")])
@@ -76,7 +75,7 @@ def write_tables(folder: Path, analysis: Analysis, collected: Collected) -> None
     arms.to_csv(folder / "arms.csv", index=False)
     contrasts = pd.DataFrame([row for dataset in analysis.datasets for row in _contrast_rows(dataset)])
     contrasts.to_csv(folder / "contrasts.csv", index=False)
-    hypotheses = pd.DataFrame([_hypothesis_row(hypothesis) for hypothesis in analysis.hypotheses])
+    hypotheses = pd.DataFrame([_hypothesis_row(hypothesis, band) for hypothesis in analysis.hypotheses])
     hypotheses.to_csv(folder / "hypotheses.csv", index=False)
     _write_latex(folder / "arms.tex", _latex_arms(analysis))
     cells = pd.DataFrame([_hypothesis_cells(hypothesis) for hypothesis in analysis.hypotheses])
@@ -104,7 +103,9 @@ def _arm_rows(dataset: DatasetAnalysis) -> list[dict[str, Any]]:
                     "mean": metric.means[position],
                     "low": metric.intervals[0, position],
                     "high": metric.intervals[1, position],
-                    "cells without score": metric.no_score[position],
+                    "trainings": dataset.trainings[arm],
+                    "structures absent": dataset.absent,
+                    "absent, drawn": dataset.drawn[arm],
                     **classes,
                 }
             )
@@ -115,65 +116,80 @@ def _contrast_rows(dataset: DatasetAnalysis) -> list[dict[str, Any]]:
     rows = []
     for metric in dataset.metrics.values():
         for label, contrasts in [("all", metric.contrasts), *metric.by_class_contrasts.items()]:
-            for c in contrasts:
-                rows.append(
-                    {
-                        "dataset": dataset.dataset,
-                        "configuration": dataset.configuration,
-                        "class": label,
-                        "metric": c.metric,
-                        "first": c.first,
-                        "second": c.second,
-                        **_figures_of(c, "pairs"),
-                    }
-                )
+            for position, c in enumerate(contrasts):
+                row = {
+                    "dataset": dataset.dataset,
+                    "configuration": dataset.configuration,
+                    "class": label,
+                    "metric": c.metric,
+                    "first": c.first,
+                    "second": c.second,
+                    **_figures_of(c),
+                }
+                rows.append({**row, "p Holm over pairs": metric.p_holm[position]} if label == "all" else row)
     return rows
 
 
-def _figures_of(c: Contrast, family: str) -> dict[str, float]:
+def _figures_of(c: Contrast) -> dict[str, float | bool]:
     return {
         "cases": c.cases,
         "patients": c.patients,
+        "folds": c.folds,
+        "paired starts": c.paired_starts,
         "mean difference": c.mean,
         "median difference": c.median,
+        "standard error": c.se,
+        "degrees of freedom": c.freedom,
+        "of trainings": min(c.training_freedoms),
+        "share of trainings in variance": c.trainings_share,
         "low": c.interval[0],
         "high": c.interval[1],
         "p": c.p,
-        f"p Holm over {family}": c.p_holm,
-        "rank-biserial": c.rank_biserial,
         "smallest detectable": c.detectable,
-        "absent, drawn by one": c.one_sided_absent,
+        "rank-biserial": c.rank_biserial,
+        "p signed-rank": c.p_ranks,
     }
 
 
-def _hypothesis_row(hypothesis: Hypothesis) -> dict[str, Any]:
+def _hypothesis_row(hypothesis: Hypothesis, band: float) -> dict[str, Any]:
+    verdict, c = hypothesis.verdict, hypothesis.contrast
     row = {
         "dataset": hypothesis.dataset,
         "configuration": hypothesis.configuration,
         "first": hypothesis.first,
         "second": hypothesis.second,
-        "verdict": hypothesis.verdict.kind,
-        "winner": hypothesis.verdict.winner or "",
-        "sentence": hypothesis.verdict.sentence,
+        "verdict": verdict.kind.value,
+        "winner": verdict.winner or "",
+        "reason": "" if verdict.reason is None else verdict.reason.value,
+        "sentence": sentence(hypothesis, band),
     }
-    if hypothesis.contrast is not None:
-        low, high = hypothesis.contrast.equivalence
-        row |= {**_figures_of(hypothesis.contrast, "hypotheses"), "equivalence low": low, "equivalence high": high}
+    if c is not None:
+        low, high = c.equivalence
+        row |= {
+            **_figures_of(c),
+            "family": c.family,
+            "p for family": c.p_adjusted,
+            "p of equivalence for family": c.p_equivalence,
+            "equivalence low": low,
+            "equivalence high": high,
+        }
     return row
 
 
 def _hypothesis_cells(hypothesis: Hypothesis) -> dict[str, str]:
-    """For readers; an arm that is incomplete leaves dashes."""
+    """For readers; where the arms have no fold in common there are dashes."""
     c = hypothesis.contrast
-    names = ("difference", "95 % interval", "p, Holm", "rank-biserial", "smallest detectable")
+    names = ("difference", "interval", "p", "trainings' share", "rank-biserial", "smallest detectable")
     if c is None:
         values = ("-",) * len(names)
     else:
         metric = METRICS[c.metric]
         signed = _number(metric, "+")
         interval = f"{signed(c.interval[0])} to {signed(c.interval[1])}"
-        values = (signed(c.mean), interval, f"{c.p_holm:.3g}", f"{c.rank_biserial:+.2f}", _number(metric)(c.detectable))
-    return {**dict(zip(names, values, strict=True)), "verdict": hypothesis.verdict.kind}
+        share = f"{100 * c.trainings_share:.0f} %" if c.trainings_known else "not known"
+        found = _number(metric)(c.detectable)
+        values = (signed(c.mean), interval, p_value(c.p_adjusted), share, f"{c.rank_biserial:+.2f}", found)
+    return {**dict(zip(names, values, strict=True)), "verdict": hypothesis.verdict.kind.value}
 
 
 def _latex_arms(analysis: Analysis) -> pd.DataFrame:
@@ -204,7 +220,6 @@ def _render(
     collected: Collected,
     analysis: Analysis,
     histories: operators.Histories,
-    declaration: Mapping[str, Any],
 ) -> str:
     trainings = list_trainings(experiment, folders)
     records = {training: read_record(training, folders) for training in trainings}
@@ -216,9 +231,12 @@ def _render(
         name=experiment.name,
         date=now(),
         version=__version__,
-        summary=analysis.summary,
-        cautions=_cautions(experiment, folders, collected, analysis, records, declaration),
-        hypotheses=[(hypothesis, _hypothesis_cells(hypothesis)) for hypothesis in analysis.hypotheses],
+        summary=summary(analysis),
+        cautions=_cautions(experiment, file, folders, collected, analysis, records),
+        hypotheses=[
+            (hypothesis, _hypothesis_cells(hypothesis), sentence(hypothesis, experiment.statistics.band))
+            for hypothesis in analysis.hypotheses
+        ],
         operators=[_operators_section(experiment, d, n, histories) for n, d in enumerate(analysis.datasets)],
         operator_cautions=[
             operators.caution(
@@ -228,9 +246,9 @@ def _render(
         ],
         experiment=experiment,
         experiment_text=file.read_text(encoding="utf-8"),
-        required_seeds=REQUIRED_SEEDS,
+        p_value=p_value,
         datasets=[
-            _dataset_section(experiment, dataset, number, collected, trainings, folders)
+            _dataset_section(experiment, dataset, analysis.hypotheses, number, collected, trainings, folders)
             for number, dataset in enumerate(analysis.datasets)
         ],
         provenance=_provenance(records),
@@ -263,37 +281,37 @@ def _portable(argument: str, folders: Folders) -> str:
     return shlex.quote(argument)
 
 
-def _declared_when(folders: Folders, records: Iterable[Record | None], declaration: Mapping[str, Any]) -> str:
-    file = folders.output / "declared.json"
-    if not file.exists():
-        return f"Nothing shows that the hypotheses were declared before the first training: {file} is missing."
-    then = read_json(file)
-    date = then.pop("date")
-    changed = {key: value for key, value in then.items() if value != declaration[key]}
-    if changed:
+def _declared_when(experiment: Experiment, file: Path, folders: Folders, records: Iterable[Record | None]) -> str:
+    content = declaration(experiment, file)
+    stored = read_declaration(folders.output)
+    if stored is None:
         return (
-            f"The hypotheses were CHANGED after the first run, which declared on {date}: {changed}. What is decided "
-            "below was not decided in advance."
+            "Nothing shows that all this was declared before the first training: "
+            f"{folders.output / 'declared.json'} is missing or was changed."
         )
+    date, sha256, declared = stored
+    when = f"on {date} (SHA-256 {sha256[:12]})"
     first = min((record.started for record in records if record), default=None)
     if first is not None and first < date:
-        return (
-            f"The hypotheses were declared on {date}, AFTER the first training had begun ({first}). What is decided "
-            "below was not decided in advance."
-        )
-    return f"The hypotheses were declared on {date}, before the first training."
+        when += f", AFTER the first training had begun ({first}). What is decided below was not decided in advance."
+    elif digest(content) == sha256:
+        when += ", before the first training."
+    else:
+        when += ", before the first training, and CHANGED afterwards. What is decided below was not decided in advance."
+    changes = differences(declared, content)
+    return f"What is compared was declared {when}" + "".join(f" {change}." for change in changes)
 
 
 def _cautions(
     experiment: Experiment,
+    file: Path,
     folders: Folders,
     collected: Collected,
     analysis: Analysis,
     records: Mapping[Training, Record | None],
-    declaration: Mapping[str, Any],
 ) -> list[str]:
     """What a reader must know before the figures."""
-    found = [_declared_when(folders, records.values(), declaration)]
+    found = [_declared_when(experiment, file, folders, records.values())]
     epochs = experiment.budget.epochs or _NNUNETS_EPOCHS
     iterations = experiment.budget.iterations or _NNUNETS_ITERATIONS
     share = epochs * iterations / (_NNUNETS_EPOCHS * _NNUNETS_ITERATIONS)
@@ -307,24 +325,18 @@ def _cautions(
         found.append(f"No scores of {training}: {why}.")
     for dataset in analysis.datasets:
         for arm, why in dataset.incomplete.items():
-            found.append(f"{arm} is left out of all statistics on {dataset.title}: {why}.")
-        if few := few_seeds(dataset):
+            found.append(f"{arm} is left out of all but the hypotheses on {dataset.title}: {why}.")
+        if few := few_trainings(dataset):
             found.append(
-                f"{dataset.title}: {', '.join(few)} {'has' if len(few) == 1 else 'have'} fewer than {REQUIRED_SEEDS} "
-                "seeds, so nothing is decided about them: how much their trainings differ by chance is not known."
+                f"{dataset.title}: {', '.join(few)} {'has' if len(few) == 1 else 'have'} too few repeated trainings, "
+                "so nothing is decided about them: how much their trainings differ by chance is not known. Trainings "
+                f"beyond the first of each fold must be at least {REQUIRED_TRAINING_FREEDOM}."
             )
         found += _failed_trainings(dataset)
         found += _not_tested_or_measured(experiment, dataset, collected, records, folders)
-        if dataset.metrics:
-            noise = dataset.metrics[experiment.primary].noise
-            if not math.isnan(noise.ratio) and noise.ratio < 1:
-                found.append(
-                    f"{dataset.title} cannot tell these methods apart: their SD is {noise.inter:.4f}, that of one "
-                    f"method's seeds {noise.intra:.4f}."
-                )
     found.append(
         "Out-of-fold scores of different folds come from trainings that share most of their cases; tests and intervals "
-        "count patients as independent, as is usual, and say nothing about other datasets."
+        "count patients and trainings as independent, as is usual, and say nothing about other datasets."
     )
     return found
 
@@ -387,6 +399,7 @@ def _first_trainings(
 def _dataset_section(
     experiment: Experiment,
     dataset: DatasetAnalysis,
+    hypotheses: Sequence[Hypothesis],
     number: int,
     collected: Collected,
     trainings: list[Training],
@@ -411,6 +424,11 @@ def _dataset_section(
         section["curves"] = figures.learning_curves(arms, curves, f"curves{number}")
     if not dataset.arms:
         return section
+    declared = {
+        (h.first, h.second): h.contrast
+        for h in hypotheses
+        if (h.dataset, h.configuration) == (dataset.dataset, dataset.configuration)
+    }
     primary = dataset.metrics[experiment.primary]
     section["primary"] = primary
     for name, metric in dataset.metrics.items():
@@ -426,7 +444,7 @@ def _dataset_section(
                 "differences": figures.paired_differences(
                     dataset,
                     metric,
-                    experiment.hypotheses,
+                    {pair: declared.get(pair) if is_primary else None for pair in experiment.hypotheses},
                     experiment.statistics.band if is_primary else None,
                     f"differences-{prefix}",
                 ),
@@ -473,15 +491,16 @@ def _test_rows(
     table = _rows_of(dataset, test)
     rows = []
     for arm in dict.fromkeys(table["arm"]):
-        of_cases = table[table["arm"] == arm].groupby(["case", "patient"])[list(METRICS)].mean()
+        mine = table[table["arm"] == arm].fillna({name: metric.perfect for name, metric in METRICS.items()})
+        of_cases = mine.groupby(["case", "patient"])[list(METRICS)].mean()
         patients = list(of_cases.index.get_level_values("patient"))
-        sums, counts = patient_sums(of_cases.to_numpy(dtype=float), patients)
-        rng = np.random.default_rng(experiment.statistics.seed)
-        low, high = bca_interval(sums, counts, bootstrap_means(sums, counts, experiment.statistics.draws, rng))
+        of_patients = of_cases.groupby("patient").mean().to_numpy(dtype=float)
+        result = estimate([of_patients.T[:, :, None]])
+        low, high = result.interval(experiment.statistics.alpha)
         cells = []
-        for position, (name, metric) in enumerate(METRICS.items()):
+        for position, metric in enumerate(METRICS.values()):
             number = _number(metric)
-            cells.append(f"{number(of_cases[name].mean())} [{number(low[position])}, {number(high[position])}]")
+            cells.append(f"{number(float(result.mean[position]))} [{number(low[position])}, {number(high[position])}]")
         rows.append((arm, len(of_cases), len(set(patients)), cells))
     return rows
 

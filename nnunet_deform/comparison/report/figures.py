@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from nnunet_deform.comparison.analysis import DatasetAnalysis, MetricAnalysis
 from nnunet_deform.comparison.cost import Cost
 from nnunet_deform.comparison.ranking import Ranking
+from nnunet_deform.comparison.verdicts import Contrast
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow and black; the blue is lighter, for
 # dark pages.
@@ -104,11 +105,12 @@ def _axis(metric: MetricAnalysis) -> str:
 def paired_differences(
     analysis: DatasetAnalysis,
     metric: MetricAnalysis,
-    declared: Sequence[tuple[str, str]],
+    declared: Mapping[tuple[str, str], Contrast | None],
     band: float | None,
     name: str,
 ) -> str:
-    """Differences case by case, with mean and 95 % interval; declared pairs first and filled."""
+    """Differences case by case, with mean and interval; declared pairs first and filled, with the interval of their
+    hypothesis where they have one."""
     with matplotlib.rc_context(_STYLE):
         known = [pair for pair in declared if set(pair) <= set(analysis.arms)]
         others = [
@@ -120,7 +122,7 @@ def paired_differences(
         if band is not None:
             axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
         for number, ((first, second), is_declared) in enumerate(rows):
-            row, contrast = len(rows) - number, metric.contrast(first, second)
+            row, contrast = len(rows) - number, declared.get((first, second)) or metric.contrast(first, second)
             values = metric.case_differences(first, second)
             values = values[~np.isnan(values)]
             shade = _COLOURS[0] if is_declared else _COLOURS[-1]
