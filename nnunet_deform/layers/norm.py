@@ -102,9 +102,10 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x)
         by_group = x.unflatten(1, (self.num_groups, -1))
         standardized = standardize(by_group, range(2, by_group.ndim), self.eps).flatten(1, 2)
-        # Under autocast torch's norm returns float32.
-        dtype = standardized.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return _scaled(standardized, self.weight, self.bias).to(dtype)
+        device = x.device.type
+        # Under autocast torch's norm returns float32 everywhere but on a CPU.
+        kept = device != "cpu" and torch.is_autocast_enabled(device)
+        return _scaled(standardized, self.weight, self.bias).to(standardized.dtype if kept else x.dtype)
 
 
 class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):

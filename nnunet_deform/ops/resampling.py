@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from nnunet_deform.ops.layouts import layout_of
+
 _MODES = {2: "bilinear", 3: "trilinear"}
 
 
@@ -19,9 +21,6 @@ def resample_linear(input: Tensor, size: Sequence[int]) -> Tensor:
     size = [int(s) for s in size]
     if not torch.compiler.is_dynamo_compiling():
         return _interpolate(input, size)
-    if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # As torch's autocast does with interpolation on a CPU, and there only.
-        input = input.float()
     return torch.ops.nnunet_deform.resample_linear(input, size)
 
 
@@ -33,27 +32,27 @@ def _interpolate(input: Tensor, size: Sequence[int]) -> Tensor:
     "nnunet_deform::resample_linear", mutates_args=(), schema="(Tensor input, SymInt[] size) -> Tensor"
 )
 def _forward(input, size):
-    return _interpolate(input, size)
+    return _interpolate(input, size).contiguous(memory_format=layout_of(input))
 
 
-_forward.register_fake(_interpolate)
-
-
-def _scatter(grad: Tensor, input_shape: Sequence[int]) -> Tensor:
-    """The gradient of the input, [B, C, *spatial]."""
-    aten = torch.ops.aten
-    kernel = aten.upsample_bilinear2d_backward if grad.ndim == 4 else aten.upsample_trilinear3d_backward
-    return kernel(grad, list(grad.shape[2:]), list(input_shape), False)
+@_forward.register_fake
+def _(input, size):
+    shape = (*input.shape[:2], *size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout_of(input))
 
 
 @torch.library.custom_op(
     "nnunet_deform::resample_linear_backward", mutates_args=(), schema="(Tensor grad, SymInt[] input_shape) -> Tensor"
 )
 def _backward(grad, input_shape):
-    return _scatter(grad, input_shape)
+    aten = torch.ops.aten
+    kernel = aten.upsample_bilinear2d_backward if grad.ndim == 4 else aten.upsample_trilinear3d_backward
+    return kernel(grad, list(grad.shape[2:]), list(input_shape), False).contiguous(memory_format=layout_of(grad))
 
 
-_backward.register_fake(_scatter)
+@_backward.register_fake
+def _(grad, input_shape):
+    return torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout_of(grad))
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
