@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_deform.ops import few_channel_conv
+from nnunet_deform.layers.norm import GroupNorm
+from nnunet_deform.ops import few_channel_conv, resample_linear
 
 NORM_GROUPS = 4
 
@@ -56,7 +57,7 @@ class NormAct(nn.Sequential):
     """GroupNorm with four groups, then SiLU; [B, C, *spatial] -> the same."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(nn.GroupNorm(NORM_GROUPS, channels), _SiLU())
+        super().__init__(GroupNorm(NORM_GROUPS, channels), _SiLU())
 
 
 class _SiLU(nn.Module):
@@ -75,7 +76,7 @@ def resampled(x: Tensor, size: Sequence[int]) -> Tensor:
     """[B, C, *spatial] -> [B, C, *size], linear along each axis, voxels as cells (``align_corners=False``)."""
     if x.shape[2:] == torch.Size(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
+    return resample_linear(x, size)
 
 
 def spatial_mean(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nnunet_deform.layers.few_channels import (
     same_conv,
     spatial_mean,
 )
+from nnunet_deform.layers.norm import GroupNorm
 from nnunet_deform.ops import autocast_disabled, concatenate_channels
 
 DETECTOR_WIDTH = 8
@@ -144,7 +145,7 @@ class LocalStructuralPrior(nn.Module):
         ndim = len(kernel_size)
         smoothing_kernel = [k if k == 1 else k + 2 for k in kernel_size]
         self.smoothing = same_conv(channels, channels, smoothing_kernel, groups=channels)
-        self.smoothing_norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.smoothing_norm = GroupNorm(NORM_GROUPS, channels)
         self.texture = pointwise_conv(ndim, channels, 1)
         self.spatial_gate = nn.Sequential(
             same_conv(channels, width, kernel_size),

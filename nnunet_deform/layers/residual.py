@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnunet_deform.layers.norm import InstanceNorm2d, InstanceNorm3d
+
+_COMPILED_BETTER = {nn.InstanceNorm2d: InstanceNorm2d, nn.InstanceNorm3d: InstanceNorm3d}
+
 
 @dataclass(frozen=True)
 class ConvStyle:
@@ -30,7 +34,9 @@ class ConvStyle:
         return self.conv_op(in_channels, out_channels, tuple(kernel_size), padding=padding, bias=self.conv_bias)
 
     def norm(self, channels: int) -> nn.Module:
-        return nn.Identity() if self.norm_op is None else self.norm_op(channels, **self.norm_op_kwargs)
+        if self.norm_op is None:
+            return nn.Identity()
+        return _COMPILED_BETTER.get(self.norm_op, self.norm_op)(channels, **self.norm_op_kwargs)
 
     def dropout(self) -> nn.Module:
         return nn.Identity() if self.dropout_op is None else self.dropout_op(**self.dropout_op_kwargs)

@@ -39,7 +39,7 @@ from nnunet_deform.networks.memory import STORED_PER_COUNTED
 from nnunet_deform.networks.observation import Offsets, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
-from nnunet_deform.ops import CHANNELS_LAST
+from nnunet_deform.ops import CHANNELS_LAST, mlp
 
 UX_NET_OPTIONS: dict[str, Any] = {
     "block": "convnext",
@@ -60,7 +60,8 @@ class Mlp(nn.Module):
         self.reduce = nn.Linear(ratio * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(F.gelu(self.expand(x.movedim(1, -1)))).movedim(-1, 1)
+        rows = x.movedim(1, -1)
+        return mlp(rows, self.expand.weight, self.expand.bias, self.reduce.weight, self.reduce.bias).movedim(-1, 1)
 
 
 class DepthwiseScaling(nn.Module):

@@ -66,6 +66,7 @@ from nnunet_deform.layers.few_channels import (
     same_conv,
 )
 from nnunet_deform.layers.lightmed import ghost_or_standard
+from nnunet_deform.layers.norm import GroupNorm
 from nnunet_deform.networks.memory import STORED_PER_COUNTED, kept_by_autograd
 from nnunet_deform.networks.observation import Anchors, Observation, Routing, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
@@ -380,7 +381,7 @@ class LightMedSeg(nn.Module):
 
         self.stem = nn.Sequential(
             ghost_or_standard(ghost, input_channels, widths[0], kernel_sizes[1], strides[1]),
-            nn.GroupNorm(NORM_GROUPS, widths[0]),
+            GroupNorm(NORM_GROUPS, widths[0]),
         )
         self.anchor_detector = None
         if anchors != "none":

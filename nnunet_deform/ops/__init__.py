@@ -6,7 +6,10 @@ from nnunet_deform.ops.deform_conv import deform_conv2d, deform_conv3d
 from nnunet_deform.ops.dynamic_conv import ConvImpl, dynamic_conv2d, dynamic_conv3d
 from nnunet_deform.ops.few_channels import concatenate_channels, few_channel_conv
 from nnunet_deform.ops.layouts import CHANNELS_LAST
+from nnunet_deform.ops.mlp import mlp
 from nnunet_deform.ops.pooling import voxel_statistics
+from nnunet_deform.ops.resampling import resample_linear
+from nnunet_deform.ops.standardize import standardize
 
 __all__ = [
     "BACKEND_VARIABLE",
@@ -22,5 +25,8 @@ __all__ = [
     "dynamic_conv2d",
     "dynamic_conv3d",
     "few_channel_conv",
+    "mlp",
+    "resample_linear",
+    "standardize",
     "voxel_statistics",
 ]

@@ -13,7 +13,7 @@ from nnunet_deform.ops.backends import choose_backend
 from nnunet_deform.ops.backends.triton_ import backward as triton_backward
 from nnunet_deform.ops.backends.triton_ import forward as triton_forward
 from nnunet_deform.ops.checks import check_deform_conv, convolved_size, spatial_argument
-from nnunet_deform.ops.layouts import CHANNELS_LAST
+from nnunet_deform.ops.layouts import layout_of
 
 
 def deform_conv2d(
@@ -119,14 +119,14 @@ def _forward(input, offset, weight, bias, stride, padding, dilation):
     if name != "triton":
         return _opaque_forward(input, offset, weight, bias, stride, padding, dilation)
     output = triton_forward(input, offset, weight, bias, stride, padding, dilation)
-    return output.contiguous(memory_format=_memory_format(input))
+    return output.contiguous(memory_format=layout_of(input))
 
 
 @torch.library.custom_op("nnunet_deform::deform_conv_opaque", mutates_args=(), schema=_SCHEMA)
 def _opaque_forward(input, offset, weight, bias, stride, padding, dilation):
     _, backend = choose_backend(input, offset, weight)
     output = backend.forward(input, offset, weight, bias, stride, padding, dilation)
-    return output.contiguous(memory_format=_memory_format(input))
+    return output.contiguous(memory_format=layout_of(input))
 
 
 @_opaque_forward.register_fake
@@ -141,7 +141,7 @@ def _empty_output(input, weight, stride, padding, dilation):
         (input.shape[0], weight.shape[0], *out_size),
         dtype=input.dtype,
         device=input.device,
-        memory_format=_memory_format(input),
+        memory_format=layout_of(input),
     )
 
 
@@ -165,7 +165,7 @@ def _opaque_backward(grad_output, input, offset, weight, stride, padding, dilati
 
 
 def _as_results(gradients, input, offset, weight):
-    formats = (_memory_format(input), *[torch.contiguous_format] * 3)
+    formats = (layout_of(input), *[torch.contiguous_format] * 3)
     return tuple(
         like.new_empty(0) if gradient is None else gradient.contiguous(memory_format=memory_format)
         for gradient, like, memory_format in zip(gradients, (input, offset, weight, weight), formats, strict=True)
@@ -181,20 +181,13 @@ def _(grad_output, input, offset, weight, stride, padding, dilation, needs):
 def _empty_gradients(input, offset, weight, needs):
     likes = (input, offset, weight, weight)
     shapes = (input.shape, offset.shape, weight.shape, weight.shape[:1])
-    formats = (_memory_format(input), *[torch.contiguous_format] * 3)
+    formats = (layout_of(input), *[torch.contiguous_format] * 3)
     return tuple(
         torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
         if need
         else like.new_empty(0)
         for like, shape, memory_format, need in zip(likes, shapes, formats, needs, strict=True)
     )
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = CHANNELS_LAST.get(tensor.ndim - 2)
-    if channels_last and tensor.is_contiguous(memory_format=channels_last) and not tensor.is_contiguous():
-        return channels_last
-    return torch.contiguous_format
 
 
 def _setup_context(ctx, inputs, output):

@@ -1,11 +1,13 @@
 """Convolution for networks of few channels, in the forms that a CPU runs fastest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
+from nnunet_deform.ops.checks import convolved_size
 from nnunet_deform.ops.layouts import CHANNELS_LAST
 
 # Channels in a vector of oneDNN's kernels.
@@ -37,20 +39,44 @@ def few_channel_conv(
         stride, padding: one value for each spatial axis.
         groups: as in torch.
     """
-    conv = F.conv2d if weight.ndim == 4 else F.conv3d
     if input.device.type != "cpu" or groups != 1:
-        return conv(input, weight, bias, stride, padding, groups=groups)
-    channels, kernel = weight.shape[1], weight.shape[2:]
-    unit_stride = all(step == 1 for step in stride)
-    if unit_stride and all(k == 1 for k in kernel):
+        return _conv(weight)(input, weight, bias, stride, padding, groups=groups)
+    if torch.compiler.is_dynamo_compiling() and not torch.is_autocast_enabled("cpu"):
+        # Each form is many operations. As one they take a compiler a fraction of the time.
+        return torch.ops.nnunet_deform.few_channel_conv(input, weight, bias, list(stride), list(padding))
+    return _conv_on_cpu(input, weight, bias, stride, padding)
+
+
+def _conv(weight: Tensor) -> Callable[..., Tensor]:
+    return F.conv2d if weight.ndim == 4 else F.conv3d
+
+
+def _conv_on_cpu(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    conv, kernel = _conv(weight), weight.shape[2:]
+    if _is_matrix_product(weight, stride):
         return F.linear(input.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-    if 4 < channels < _LANES:
-        fill = [0, 0] * len(kernel) + [0, _LANES - channels]
+    if fill := _fill(weight):
         return conv(F.pad(input, fill), F.pad(weight, fill), bias, stride, padding)
     same_depth = len(kernel) == 3 and 1 < kernel[0] == 2 * padding[0] + 1
-    if unit_stride and same_depth and kernel[0] * len(weight) <= _LANES and _writes_in_place():
+    if same_depth and _is_unit(stride) and kernel[0] * len(weight) <= _LANES and _writes_in_place():
         return _conv3d_by_planes(input, weight, bias, padding)
     return conv(input, weight, bias, stride, padding)
+
+
+def _is_unit(stride: Sequence[int]) -> bool:
+    return all(step == 1 for step in stride)
+
+
+def _is_matrix_product(weight: Tensor, stride: Sequence[int]) -> bool:
+    return _is_unit(stride) and all(k == 1 for k in weight.shape[2:])
+
+
+def _fill(weight: Tensor) -> list[int]:
+    """The padding that fills the input channels of a tensor or its weight up to the lanes; empty if none is due."""
+    channels = weight.shape[1]
+    return [0, 0] * (weight.ndim - 2) + [0, _LANES - channels] if 4 < channels < _LANES else []
 
 
 def _writes_in_place() -> bool:
@@ -71,6 +97,77 @@ def _conv3d_by_planes(input: Tensor, weight: Tensor, bias: Tensor | None, paddin
             reach = depth - abs(shift)
             output.narrow(2, max(0, -shift), reach).add_(terms.narrow(2, max(0, shift), reach))
     return output if bias is None else output.add_(bias.view(-1, 1, 1, 1))
+
+
+@torch.library.custom_op(
+    "nnunet_deform::few_channel_conv",
+    mutates_args=(),
+    schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> Tensor",
+)
+def _forward(input, weight, bias, stride, padding):
+    return _channels_last(_conv_on_cpu(input, weight, bias, stride, padding))
+
+
+@_forward.register_fake
+def _(input, weight, bias, stride, padding):
+    size = convolved_size(input.shape[2:], weight.shape[2:], stride, padding, [1] * len(stride))
+    return _channels_last(input.new_empty((len(input), len(weight), *size)))
+
+
+@torch.library.custom_op(
+    "nnunet_deform::few_channel_conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor input, Tensor weight, int[] stride, int[] padding, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _backward(grad, input, weight, stride, padding, needs):
+    """The gradients of input, weight and bias; an empty tensor where ``needs`` says that nobody asks."""
+    if _is_matrix_product(weight, stride):
+        rows, matrix = grad.movedim(1, -1), weight.flatten(1)
+        of_rows = rows.flatten(0, -2)
+        gradients = (
+            (rows @ matrix).movedim(-1, 1) if needs[0] else None,
+            (of_rows.mT @ input.movedim(1, -1).flatten(0, -2)).view(weight.shape) if needs[1] else None,
+            of_rows.sum(0) if needs[2] else None,
+        )
+    else:
+        fill, channels = _fill(weight), weight.shape[1]
+        if fill:
+            input, weight = F.pad(input, fill), F.pad(weight, fill)
+        no_dilation, no_output_padding = [1] * len(stride), [0] * len(stride)
+        gradients = torch.ops.aten.convolution_backward(
+            grad, input, weight, [len(weight)], stride, padding, no_dilation, False, no_output_padding, 1, needs
+        )
+        gradients = [g if g is None or g.ndim == 1 else g[:, :channels] for g in gradients]
+    of_input, of_weight, of_bias = (grad.new_empty(0) if g is None else g for g in gradients)
+    return _channels_last(of_input), of_weight.contiguous(), of_bias
+
+
+@_backward.register_fake
+def _(grad, input, weight, stride, padding, needs):
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    of_input, of_weight, of_bias = (grad.new_empty(s if n else 0) for s, n in zip(shapes, needs, strict=True))
+    return _channels_last(of_input), of_weight, of_bias
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=CHANNELS_LAST.get(tensor.ndim - 2, torch.contiguous_format))
+
+
+def _setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    input, weight, _, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.nnunet_deform.few_channel_conv_backward(
+        grad, *ctx.saved_tensors, ctx.stride, ctx.padding, needs
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def concatenate_channels(first: Tensor, second: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""LayerNorm over channels, and standardisation by running statistics."""
+"""LayerNorm over channels, norms that compile to fewer operations, and standardisation by running statistics."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nnunet_deform.layers import ChannelLayerNorm, RunningNorm
+from nnunet_deform.layers.norm import GroupNorm, InstanceNorm2d, InstanceNorm3d
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -154,3 +155,44 @@ def test_disabled_it_is_the_identity_without_a_state():
     assert norm.num_batches_tracked == 0
     assert not norm.state_dict()
     norm.load_state_dict({}, strict=True)
+
+
+NORMS = [
+    pytest.param(GroupNorm(4, 8), nn.GroupNorm(4, 8), (2, 8, 3, 4, 5), id="group-3d"),
+    pytest.param(GroupNorm(2, 6, affine=False), nn.GroupNorm(2, 6, affine=False), (1, 6, 4, 5), id="group-2d"),
+    pytest.param(InstanceNorm3d(5), nn.InstanceNorm3d(5), (2, 5, 3, 4, 5), id="instance-3d"),
+    pytest.param(InstanceNorm2d(5, affine=True), nn.InstanceNorm2d(5, affine=True), (2, 5, 4, 5), id="instance-2d"),
+]
+
+
+@pytest.mark.parametrize(("ours", "torchs", "shape"), NORMS)
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_compiled_norms_equal_torchs(ours: nn.Module, torchs: nn.Module, shape: tuple[int, ...], scale: float):
+    torch.compiler.reset()
+    ours, torchs = ours.double(), torchs.double()
+    with torch.no_grad():
+        for one, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+            other.copy_(one.normal_())
+    x = (scale * torch.randn(shape, dtype=torch.float64) + 0.5).requires_grad_()
+    gradient = torch.randn(shape, dtype=torch.float64)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    results = []
+    for norm, parameters in ((compiled, ours.parameters()), (torchs, torchs.parameters())):
+        y = norm(x)
+        results.append([y, *torch.autograd.grad(y, [x, *parameters], gradient)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("ours", "torchs", "shape"), NORMS)
+def test_compiled_norms_of_half_precision(ours: nn.Module, torchs: nn.Module, shape: tuple[int, ...]):
+    torch.compiler.reset()
+    ours, torchs = ours.float(), torchs.float()
+    torchs.load_state_dict(ours.state_dict())
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    # Sums of half-precision numbers would lose these differences.
+    x = (100 + torch.randn(shape)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, eager = compiled(x), torchs(x)
+    torch.testing.assert_close(y.float(), torchs(x.float()), rtol=0, atol=2e-2)
+    assert y.dtype == eager.dtype

@@ -3,10 +3,12 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from network_cases import (
     ANISOTROPIC,
     ISOTROPIC,
@@ -23,6 +25,8 @@ from network_cases import (
     stir,
 )
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from nnunet_deform.networks import NETWORKS
 
@@ -295,6 +299,31 @@ def test_compiles_as_one_graph(name: str, backend: str):
         assert len(ours) == len(eager)
         for one, other in zip(ours, eager, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# Operations of the forward and the backward pass together, as inductor gets them: what compiling costs grows with them.
+# Measured with torch 2.14.1: 462, 1123, 1189 and 1612.
+MOST_OPERATIONS = {
+    "DeformUXNet": 510,
+    "LightMedSeg": 1240,
+    "MagicPlainConvUNet": 1310,
+    "MagicResidualEncoderUNet": 1780,
+}
+
+
+def test_compiles_to_few_operations(name: str):
+    torch.compiler.reset()
+    counts = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        counts.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, decompositions=select_decomp_table())
+    compiled = torch.compile(TWO_LEVELS.network(name, deep_supervision=True), fullgraph=True, backend=backend)
+    sum(output.sum() for output in compiled(TWO_LEVELS.image(batch=2))).backward()
+    assert len(counts) == 2
+    assert sum(counts) <= MOST_OPERATIONS[name]
 
 
 def test_compiles_for_inference_at_a_size_that_needs_padding(name: str):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from nnunet_deform.ops import CHANNELS_LAST, concatenate_channels, few_channel_conv
 
@@ -56,6 +58,40 @@ def test_equals_torchs_convolution(channels, out_channels, kernel, stride, group
         torch.autograd.grad(ours, leaves, gradient), torch.autograd.grad(theirs, leaves, gradient), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("channels", "out_channels", "kernel", "stride", "groups"), CASES)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_compiles_to_one_operation_each_way(channels, out_channels, kernel, stride, groups, with_bias):
+    image, weight, bias = case(channels, out_channels, kernel, groups)
+    leaves = [leaf.requires_grad_() for leaf in (image, weight, *([bias] if with_bias else []))]
+    padding = [k // 2 for k in kernel]
+    counts = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        counts.append(sum(node.op == "call_function" and "default" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(few_channel_conv, fullgraph=True, backend=aot_autograd(fw_compiler=count))
+    ours = compiled(*leaves[:2], leaves[2] if with_bias else None, stride, padding, groups)
+    theirs = few_channel_conv(*leaves[:2], leaves[2] if with_bias else None, stride, padding, groups)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    gradient = torch.randn_like(theirs)
+    for one, other in zip(
+        torch.autograd.grad(ours, leaves, gradient), torch.autograd.grad(theirs, leaves, gradient), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert counts == [1, 1]
+
+
+@pytest.mark.parametrize(("channels", "out_channels", "kernel", "stride", "groups"), CASES)
+def test_passes_torchs_checks_of_operators(channels, out_channels, kernel, stride, groups):
+    if groups > 1:
+        pytest.skip("torch's own operator")
+    leaves = [leaf.requires_grad_() for leaf in case(channels, out_channels, kernel, groups)]
+    padding = [k // 2 for k in kernel]
+    torch.library.opcheck(torch.ops.nnunet_deform.few_channel_conv, (*leaves, list(stride), padding))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
