@@ -3,14 +3,17 @@
     python benchmarks/memory.py
 
 For the patches that nnU-Net plans, each network in the place of its U-Net, one channel and three classes, float16
-autocast on fake CUDA tensors, so no GPU is needed. Kept bytes are of the tensors saved for the backward pass, of one
-sample; GB are the planner's for a step of batch 2 (3D) or 12 (2D).
+autocast on fake CUDA tensors, so no GPU is needed, but a torch for CUDA, from 2.11 on. Kept bytes are of the tensors
+saved for the backward pass, of one sample; GB are the planner's for a step of batch 2 (3D) or 12 (2D).
 """
+
+import sys
 
 import torch
 from measuring import describe
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
+from nnunet_deform.networks.memory import unable_to_follow_autocast
 from nnunet_deform.plans import estimated_gigabytes
 from nnunet_deform.plans.architecture import Architecture
 from nnunet_deform.plans.memory import estimated_bytes, kept_bytes
@@ -54,6 +57,8 @@ def planned_unet(patch: tuple[int, ...], spacing: tuple[float, ...]) -> Architec
 
 
 def main() -> None:
+    if unable_to_follow_autocast() is not None:
+        sys.exit(unable_to_follow_autocast())
     print(f"torch {torch.__version__}, {describe()['date']}")
     print("| patch | network | levels | kept, estimated (MB) | kept, measured (MB) | error | GB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

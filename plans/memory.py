@@ -128,7 +128,7 @@ def kept_bytes(
     *,
     mixed_precision: bool,
 ) -> int:
-    """Bytes that autograd keeps of one sample on a CUDA device, measured; no device is needed.
+    """Bytes that autograd keeps of one sample on a CUDA device, measured as by :func:`bytes_kept_on_cuda`.
 
     What does not grow with the batch, such as half-precision copies of the weights, is left out.
     """

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,25 +25,45 @@ def kept_by_autograd(network: nn.Module, input_shape: Sequence[int]) -> int:
 def bytes_kept_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int], *, mixed_precision: bool) -> int:
     """Bytes of the tensors that autograd keeps of a forward pass on a CUDA device, parameters left out.
 
-    The pass is made by fake tensors, which need no CUDA device.
+    The pass costs neither memory nor time: it is made on the meta device, or in mixed precision by fake tensors.
 
     Args:
         build: makes the network.
         input_shape: [B, C, *spatial].
         mixed_precision: float16 autocast, as nnU-Net trains.
+
+    Raises:
+        RuntimeError: mixed precision, which this torch cannot follow without a CUDA device.
     """
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            network, image = build(), torch.empty(tuple(input_shape))
+    with torch.device("meta"):
+        network, image = build(), torch.empty(tuple(input_shape))
+    if not mixed_precision:
+        return sum(tensor.untyped_storage().nbytes() for tensor in _kept(network, image))
+    unable = unable_to_follow_autocast()
+    if unable is not None:
+        raise RuntimeError(unable)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network, image = network.to_empty(device="cuda"), torch.empty(tuple(input_shape), device="cuda")
         # torch.autocast would find no device and stay off.
         torch.set_autocast_dtype("cuda", torch.float16)
-        torch.set_autocast_enabled("cuda", mixed_precision)
+        torch.set_autocast_enabled("cuda", True)
         try:
             kept = _kept(network, image)
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
         return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+
+
+def unable_to_follow_autocast() -> str | None:
+    """Why mixed precision cannot be measured here, in one sentence with what to do; None where it can."""
+    if torch.cuda.is_available() or (torch.backends.cuda.is_built() and Version(torch.__version__) >= Version("2.11")):
+        return None
+    # Asked here, because torch would end the process.
+    return (
+        f"torch {torch.__version__} cannot follow mixed precision without a CUDA device; measure in float32, or with a "
+        "build of torch 2.11 or later for CUDA."
+    )
 
 
 def _kept(network: nn.Module, image: Tensor) -> list[Tensor]:

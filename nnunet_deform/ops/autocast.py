@@ -7,7 +7,10 @@ import torch
 
 def autocast_disabled(device_type: str) -> AbstractContextManager:
     """A context in which autocast does not round, for coordinates, softmaxes over volumes and the like."""
-    # The meta device, on which networks are measured, has no autocast.
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
+
+
+def has_autocast(device_type: str) -> bool:
+    """The meta device, on which networks are measured, has none."""
+    # torch.amp.is_autocast_available would know, but older versions of torch.compile cannot look into it.
+    return device_type != "meta"

@@ -56,7 +56,7 @@ def check_deform_conv(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; a {ndim}D deformable convolution needs {ndim + 2} dimensions."
             )
-    tensors = {"input": input, "offset": offset, "weight": weight} | ({} if bias is None else {"bias": bias})
+    tensors = {"input": input, "offset": offset, "weight": weight, **({} if bias is None else {"bias": bias})}
     if any(tensor.device != input.device for tensor in tensors.values()):
         devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise RuntimeError(f"the tensors are on different devices ({devices}); move them to one.")

@@ -5,10 +5,12 @@ arithmetic is in :mod:`nnunet_deform.ops.backends`.
 """
 
 from collections.abc import Sequence
+from typing import List, Tuple  # noqa: UP035
 
 import torch
 from torch import Tensor
 
+from nnunet_deform.ops.autocast import has_autocast
 from nnunet_deform.ops.backends import choose_backend
 from nnunet_deform.ops.backends.triton_ import backward as triton_backward
 from nnunet_deform.ops.backends.triton_ import forward as triton_forward
@@ -86,7 +88,7 @@ def _deform_conv(
     padding = spatial_argument("padding", padding, ndim, 0)
     dilation = spatial_argument("dilation", dilation, ndim, 1)
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if has_autocast(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         input, weight = _autocast(input, dtype), _autocast(weight, dtype)
         bias = bias if bias is None else _autocast(bias, dtype)
@@ -100,19 +102,19 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-_SCHEMA = (
-    "(Tensor input, Tensor offset, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation) -> Tensor"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor grad_output, Tensor input, Tensor offset, Tensor weight, int[] stride, int[] padding, int[] dilation, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+# torch infers the operators' schemas from these. Up to 2.13 a triton_op has no other way to get one, and in 2.6 the
+# inference knows no builtin generics.
+_Ints = List[int]  # noqa: UP006
+_Bools = List[bool]  # noqa: UP006
+_Gradients = Tuple[Tensor, Tensor, Tensor, Tensor]  # noqa: UP006
 
 
 # torch.compile looks into a triton_op and so sees the Triton kernels. The other backends' work it cannot see, or, for
 # plain tensor operations, had better not: they are operators of their own below.
-@torch.library.triton_op("nnunet_deform::deform_conv", mutates_args=(), schema=_SCHEMA)
-def _forward(input, offset, weight, bias, stride, padding, dilation):
+@torch.library.triton_op("nnunet_deform::deform_conv", mutates_args=())
+def _forward(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, stride: _Ints, padding: _Ints, dilation: _Ints
+) -> Tensor:
     if input.shape[0] == 0:
         return _empty_output(input, weight, stride, padding, dilation)
     name, _ = choose_backend(input, offset, weight)
@@ -122,8 +124,10 @@ def _forward(input, offset, weight, bias, stride, padding, dilation):
     return output.contiguous(memory_format=layout_of(input))
 
 
-@torch.library.custom_op("nnunet_deform::deform_conv_opaque", mutates_args=(), schema=_SCHEMA)
-def _opaque_forward(input, offset, weight, bias, stride, padding, dilation):
+@torch.library.custom_op("nnunet_deform::deform_conv_opaque", mutates_args=())
+def _opaque_forward(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, stride: _Ints, padding: _Ints, dilation: _Ints
+) -> Tensor:
     _, backend = choose_backend(input, offset, weight)
     output = backend.forward(input, offset, weight, bias, stride, padding, dilation)
     return output.contiguous(memory_format=layout_of(input))
@@ -145,8 +149,17 @@ def _empty_output(input, weight, stride, padding, dilation):
     )
 
 
-@torch.library.triton_op("nnunet_deform::deform_conv_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def _backward(grad_output, input, offset, weight, stride, padding, dilation, needs):
+@torch.library.triton_op("nnunet_deform::deform_conv_backward", mutates_args=())
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: _Ints,
+    padding: _Ints,
+    dilation: _Ints,
+    needs: _Bools,
+) -> _Gradients:
     """The gradients of input, offset, weight and bias; an empty tensor where ``needs`` says that nobody asks."""
     if input.shape[0] == 0:
         return tuple(gradient.zero_() for gradient in _empty_gradients(input, offset, weight, needs))
@@ -157,8 +170,17 @@ def _backward(grad_output, input, offset, weight, stride, padding, dilation, nee
     return _as_results(gradients, input, offset, weight)
 
 
-@torch.library.custom_op("nnunet_deform::deform_conv_opaque_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
-def _opaque_backward(grad_output, input, offset, weight, stride, padding, dilation, needs):
+@torch.library.custom_op("nnunet_deform::deform_conv_opaque_backward", mutates_args=())
+def _opaque_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    stride: _Ints,
+    padding: _Ints,
+    dilation: _Ints,
+    needs: _Bools,
+) -> _Gradients:
     _, backend = choose_backend(input, offset, weight)
     gradients = backend.backward(grad_output, input, offset, weight, stride, padding, dilation, needs)
     return _as_results(gradients, input, offset, weight)

@@ -15,7 +15,9 @@ import torch
 
 def translation_table() -> dict[Any, Callable]:
     """For the ``custom_translation_table`` of ``torch.onnx.export``. Needs onnxscript."""
-    return {torch.ops.nnunet_deform.deform_conv.default: _deform_conv}
+    operators = torch.ops.nnunet_deform
+    # Up to torch 2.7 the exporter looks into the first and finds the second.
+    return {operators.deform_conv.default: _deform_conv, operators.deform_conv_opaque.default: _deform_conv}
 
 
 def _deform_conv(input, offset, weight, bias, stride, padding, dilation):

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,51 +83,47 @@ class Launches:
         return lambda **arguments: self.launched.setdefault(self.kernel.fn.__name__, (self.kernel, arguments))
 
 
-def compiled_for_hopper(kernel, arguments: dict):
-    """The kernel compiled for sm_90, specialised as a launch with these arguments specialises it."""
-    import triton
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds a GPU to compile for, and none to run on."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
 
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
-    options = {"num_warps": arguments.pop("num_warps"), "enable_fp_fusion": True}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments.pop(parameter.name)
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and specialised and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        is_tensor = isinstance(value, torch.Tensor)
-        signature[parameter.name] = types[value.dtype] if is_tensor else "i32" if abs(value) < 2**31 else "i64"
-        if specialised and (is_tensor or value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    assert not arguments
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", 90, 32), options)
+    gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_benchmarker=lambda: None,
+    )
+    # Not set_active, which newer versions of Triton undo only where there is a GPU.
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", gpu)
 
 
 # By kernel: registers allowed to a thread in float32 and in bfloat16, and accesses of 16 bytes in either. A program has
 # 32 voxels and 16 channels for 32 threads, so that a thread makes 4 such accesses for each corner (2 in bfloat16) or 2
 # for each corner and axis end taken at a time.
+LOADS, REDUCTIONS = r"LDG\.E\.128\b", r"REDG?\.E\.ADD\.F32x4\b"
 EXPECTED = {
-    "forward_kernel": ((128, 128), (32, 16), r"ld\.global\.v4\.b32"),
-    "offset_weight_gradient_kernel": ((255, 255), (16, 8), r"ld\.global\.v4\.b32"),
-    "scatter_input_gradient_kernel": ((128, 128), (32, 32), r"red\.global\.gpu\.relaxed\.add\.v4\.f32"),
-    "cell_kernel": ((40, 40), (0, 0), r"ld\.global\.v4\.b32"),
-    "gather_input_gradient_kernel": ((128, 255), (8, 4), r"ld\.global\.v4\.b32"),
+    "forward_kernel": ((128, 128), (32, 16), LOADS),
+    "offset_weight_gradient_kernel": ((255, 255), (16, 8), LOADS),
+    "scatter_input_gradient_kernel": ((128, 128), (32, 32), REDUCTIONS),
+    "cell_kernel": ((40, 40), (0, 0), LOADS),
+    "gather_input_gradient_kernel": ((128, 255), (8, 4), LOADS),
 }
+# Where one version of Triton needs more, in bfloat16; by kernel, release of Triton.
+MORE_REGISTERS = {("scatter_input_gradient_kernel", "3.6"): 136}
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_compiles_for_hopper_with_vector_accesses_and_without_spills(dtype, monkeypatch, tmp_path):
+def test_compiles_for_hopper_with_vector_accesses_and_without_spills(dtype, hopper, monkeypatch, tmp_path):
+    """Read from the machine code, by the assembler and the disassembler that come with Triton."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    missing = [name for name in ("ptxas-blackwell", "cuobjdump") if not (tools / name).exists()]
+    missing = [name for name in ("ptxas", "cuobjdump", "nvdisasm") if not (tools / name).exists()]
     if missing:
-        pytest.skip(f"this Triton has no {' and no '.join(missing)}")
+        pytest.skip(f"Triton {triton.__version__} comes without {' and '.join(missing)}")
 
     launches = Launches()
     monkeypatch.setattr(triton_, "wrap_triton", launches)
@@ -137,39 +134,53 @@ def test_compiles_for_hopper_with_vector_accesses_and_without_spills(dtype, monk
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     triton_.backward(output, input, offset, weight, *spatial, [True, False, False, False])
 
+    def told_by(*command) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     assert set(launches.launched) == set(EXPECTED)
     half = dtype == torch.bfloat16
     for name, (kernel, arguments) in launches.launched.items():
-        registers, accesses, pattern = EXPECTED[name]
-        compiled = compiled_for_hopper(kernel, dict(arguments))
+        registers, accesses, instruction = EXPECTED[name]
         cubin = tmp_path / f"{name}.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
+        cubin.write_bytes(kernel.warmup(**arguments, grid=(1, 1, 1)).asm["cubin"])
+        usage = told_by(tools / "cuobjdump", "-res-usage", cubin)
         found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        assert found["REG"] <= registers[half], (name, found)
+        release = ".".join(triton.__version__.split(".")[:2])
+        allowed = MORE_REGISTERS.get((name, release), registers[half]) if half else registers[half]
+        assert found["REG"] <= allowed, (name, found)
         # What does not fit into the registers is spilled to the stack.
         assert (found["STACK"], found["LOCAL"]) == (0, 0), name
-        ptx = compiled.asm["ptx"]
-        assert not re.search(r"\b(ld|st)\.local", ptx), name
-        assert len(re.findall(pattern, ptx)) >= accesses[half], name
+        code = told_by(tools / "nvdisasm", "-c", cubin)
+        assert "STG" in code or "RED" in code, name
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+        assert len(re.findall(instruction, code)) >= accesses[half], name
 
 
 @needs_triton
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_torch_compile_sees_the_kernels(deterministic: bool, monkeypatch: pytest.MonkeyPatch):
-    """Traced with tensors that only claim to be on a GPU; one graph serves every size."""
+def test_torch_compile_sees_the_kernels(deterministic: bool, hopper, monkeypatch: pytest.MonkeyPatch):
+    """Traced as for the interpreter, with torch's own wrapper of the kernels, and not run; one graph serves every size.
+
+    Fake tensors on a GPU would do as well, but torch.compile takes none from outside before torch 2.9.
+    """
     from torch._dynamo.backends.common import aot_autograd
 
     graphs = []
 
     def keep(graph, inputs):
         graphs.append([node.name for node in graph.graph.nodes])
-        return graph.forward
+
+        def run(*arguments):
+            with FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+                results = graph.forward(*fakes)
+            return [torch.empty(tuple(result.shape)) for result in results]
+
+        return run
 
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
-    monkeypatch.setattr(triton_, "_unable_device", lambda input: None)
+    monkeypatch.setattr(triton_, "_interpreted", lambda: True)
+    monkeypatch.setattr(triton_, "wrap_triton", torch.library.wrap_triton)
     compiler = aot_autograd(fw_compiler=keep)
     backward = torch.ops.nnunet_deform.deform_conv_backward
     forward = torch.compile(
@@ -181,10 +192,10 @@ def test_torch_compile_sees_the_kernels(deterministic: bool, monkeypatch: pytest
     torch.compiler.reset()
     torch.use_deterministic_algorithms(deterministic)
     try:
-        with FakeTensorMode(), torch.no_grad():
+        with torch.no_grad():
             # No two sizes of the first call agree, or they would be taken for one.
             for size, batch, stance in (((5, 6, 7), 4, "default"), ((8, 4, 5), 3, "fail_on_recompile")):
-                made = tensors(size, channels=2, device="cuda", batch=batch)
+                made = tensors(size, channels=2, device="cpu", batch=batch)
                 with torch.compiler.set_stance(stance):
                     output = forward(*made)
                     results = gradients(output, *made)
@@ -201,20 +212,20 @@ def test_torch_compile_sees_the_kernels(deterministic: bool, monkeypatch: pytest
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("device", "change", "reason"),
     [
-        (lambda i, o, w: (i, o, w), "it runs on CUDA devices, and the tensors are on cpu"),
-        (lambda i, o, w: (i.cuda(), o.cuda(), w.cuda()), None),
-        (lambda i, o, w: (i.double().cuda(), o.double().cuda(), w.double().cuda()), "the input is torch.float64"),
-        (lambda i, o, w: (i.cuda(), o.cuda(), w.expand(-1, 4, -1, -1, -1).cuda()), "it convolves depthwise"),
-        (lambda i, o, w: (i.cuda().expand(-1, -1, 2**28, -1, -1), o.cuda(), w.cuda()), "at most 536870911 voxels"),
-        (lambda i, o, w: (i.cuda().repeat(40000, 1, 1, 1, 1), o.cuda(), w.cuda()), "at most 65535 batch items"),
+        ("cpu", lambda i, o, w: (i, o, w), "it runs on CUDA devices, and the tensors are on cpu"),
+        ("cuda", lambda i, o, w: (i, o, w), None),
+        ("cuda", lambda i, o, w: (i.double(), o.double(), w.double()), "the input is torch.float64"),
+        ("cuda", lambda i, o, w: (i, o, w.expand(-1, 4, -1, -1, -1)), "it convolves depthwise"),
+        ("cuda", lambda i, o, w: (i.expand(-1, -1, 2**28, -1, -1), o, w), "at most 536870911 voxels"),
+        ("cuda", lambda i, o, w: (i.expand(80000, -1, -1, -1, -1), o, w), "at most 65535 batch items"),
     ],
 )
-def test_what_it_cannot_do_has_a_reason(change, reason, monkeypatch: pytest.MonkeyPatch):
+def test_what_it_cannot_do_has_a_reason(device, change, reason, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton_, "_unable_device", lambda input: None)
     with FakeTensorMode():
-        found = triton_.unable(*change(*tensors((1, 2, 2), channels=4, device="cpu")))
+        found = triton_.unable(*change(*tensors((1, 2, 2), channels=4, device=device, batch=1)))
     assert found is None if reason is None else reason in found
 
 

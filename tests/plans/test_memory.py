@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from test_deformux_plan import isotropic, stock
 
+from nnunet_deform.networks.memory import unable_to_follow_autocast
 from nnunet_deform.plans import (
     deformux_architecture,
     estimated_gigabytes,
@@ -24,6 +26,8 @@ ARCHITECTURES = {
     "MagicPlainConvUNet": magic_architecture,
     "MagicResidualEncoderUNet": partial(magic_architecture, encoder="residual"),
 }
+# On a GPU, or by fake tensors that torch follows through autocast without one.
+needs_autocast = pytest.mark.skipif(unable_to_follow_autocast() is not None, reason=str(unable_to_follow_autocast()))
 every_network = pytest.mark.parametrize("name", ARCHITECTURES)
 
 # Patch and spacing. The constants of plans/memory.py were measured on these,
@@ -53,7 +57,9 @@ def unet(patch: Sequence[int], spacing: Sequence[float]) -> dict[str, Any]:
 @every_network
 @pytest.mark.parametrize(("patch", "spacing"), HELD_OUT, ids=lambda value: "x".join(map(str, value)))
 @pytest.mark.parametrize(
-    "mixed_precision", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["mixed", "float32"]
+    "mixed_precision",
+    [pytest.param(True, marks=needs_autocast), pytest.param(False, marks=pytest.mark.slow)],
+    ids=["mixed", "float32"],
 )
 def test_the_estimate_is_within_a_tenth_of_what_autograd_keeps(name, patch, spacing, mixed_precision):
     arguments = ARCHITECTURES[name](unet(patch, spacing), patch), patch, 2, 4
@@ -61,6 +67,7 @@ def test_the_estimate_is_within_a_tenth_of_what_autograd_keeps(name, patch, spac
     assert estimated_bytes(*arguments, mixed_precision=mixed_precision) == pytest.approx(measured, rel=0.1)
 
 
+@needs_autocast
 @pytest.mark.parametrize(
     "name", [name if name == "LightMedSeg" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 )
@@ -96,7 +103,7 @@ def network_of(architecture: dict[str, Any]) -> torch.nn.Module:
 
 
 @every_network
-def test_fake_tensors_measure_what_a_cpu_keeps(name):
+def test_what_is_measured_is_what_a_cpu_keeps(name):
     patch = (32, 32, 32)
     architecture = ARCHITECTURES[name](isotropic(4), patch)
     network = network_of(architecture)
@@ -121,9 +128,24 @@ def test_fake_tensors_measure_what_a_cpu_keeps(name):
     assert measured == pytest.approx(kept_on_the_cpu(2) - kept_on_the_cpu(1), rel=tolerance)
 
 
+@needs_autocast
 def test_autocast_is_off_after_a_measurement():
     kept_bytes(isotropic(3), (16,) * 3, 1, 3, mixed_precision=True)
     assert not torch.is_autocast_enabled("cuda")
+
+
+@pytest.mark.parametrize(
+    ("version", "built", "unable"), [("2.13.0+cpu", False, True), ("2.8.0+cu128", True, True), ("2.11.0", True, False)]
+)
+def test_mixed_precision_that_torch_cannot_follow_has_a_sentence(version, built, unable, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    if not unable:
+        assert unable_to_follow_autocast() is None
+        return
+    with pytest.raises(RuntimeError, match=re.escape(f"torch {version} cannot follow mixed precision without a CUDA")):
+        kept_bytes(isotropic(3), (16,) * 3, 1, 3, mixed_precision=True)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])

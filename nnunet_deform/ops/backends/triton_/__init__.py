@@ -13,10 +13,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from nnunet_deform.ops.layouts import CHANNELS_LAST
 
@@ -315,6 +315,11 @@ def _offset_groups(offset: Tensor, weight: Tensor) -> int:
 def _current_device(input: Tensor) -> AbstractContextManager:
     """Triton launches on the current GPU, whichever one the tensors are on."""
     return torch.cuda.device(input.device) if input.is_cuda and torch.cuda.is_available() else nullcontext()
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """torch's function of this name, which older versions refuse to kernels that are interpreted."""
+    return kernel if _interpreted() else torch.library.wrap_triton(kernel)
 
 
 def _interpreted() -> bool:
