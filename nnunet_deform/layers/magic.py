@@ -25,8 +25,9 @@ the same for every sample, and so the kernels are. Hence two options that are no
                      "running" standardises each entry by its mean and variance over the samples of the training so far,
                      "layer" each vector over its own entries.
     attention_init   "calibrated" draws the last linear layer so that, with a standardised vector and T = 1, the logits
-                     vary over samples by about LOGIT_SPREAD. The released fan-out was meant for T = 30: at T = 1 nearly
-                     all goes to one kernel, and others get less than 1 % and no gradient.
+                     vary over samples by about LOGIT_SPREAD, and KR's so that the gates' vary by half of it. The
+                     released fan-out was meant for T = 30: at T = 1 nearly all goes to one kernel, and others get less
+                     than 1 % and no gradient.
 
 All of it is the same for every permutation of the voxels, so mirrored patches get the same kernels.
 """
@@ -49,10 +50,8 @@ AttentionNorm = Literal["none", "running", "layer"]
 AttentionInit = Literal["released", "calibrated"]
 
 # Standard deviation over samples of the logits that "calibrated" aims at. Shares of a quarter then vary over samples by
-# about a tenth, and a kernel would need a constant of -3 in its logit, which is less than 0.7 at random, to get 1 %.
+# about a tenth, and only a constant of -3 in its logit, which is less than 0.7 at random, would leave a kernel 1 %.
 LOGIT_SPREAD = 0.7
-# Variance of max(0, g) for g normal with variance 1.
-_RELU_VARIANCE = (1 - 1 / math.pi) / 2
 
 _CHOICES = {
     "attention": ("magic", "dyconv", "condconv", "uniform"),
@@ -104,22 +103,17 @@ class KernelAttention(nn.Module):
         else:
             self.norm = nn.Identity()
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that gives the logits."""
-        raise NotImplementedError
-
-    def last_input_variance(self) -> float:
-        """Of an entry of the last layer's input over samples, at the start and with a standardised vector."""
+    def calibrated_layers(self) -> dict[nn.Linear, float]:
+        """The layers that ``init="calibrated"`` draws otherwise, and the standard deviation of their weights."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Kaiming normal by fan-out, biases zero, norms the identity; the last layer as ``init`` says."""
+        """Kaiming normal by fan-out but for what ``init`` calibrates, biases zero, norms the identity."""
+        calibrated = self.calibrated_layers() if self.init == "calibrated" else {}
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                if module is self.last and self.init == "calibrated":
-                    std = LOGIT_SPREAD / math.sqrt(module.in_features * self.last_input_variance())
-                    nn.init.normal_(module.weight, std=std)
+                if module in calibrated:
+                    nn.init.normal_(module.weight, std=calibrated[module])
                 else:
                     nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 if module.bias is not None:
@@ -160,13 +154,8 @@ class _TwoLayerAttention(SoftmaxAttention):
 
     fusion: nn.Sequential
 
-    @property
-    def last(self) -> nn.Linear:
-        return self.fusion[2]
-
-    def last_input_variance(self) -> float:
-        # Fan-out: the hidden layer's weights have the variance 2 / hidden units.
-        return _RELU_VARIANCE * 2 * self.fusion[0].in_features / self.fusion[0].out_features
+    def calibrated_layers(self) -> dict[nn.Linear, float]:
+        return {self.fusion[2]: _std_behind_relu(self.fusion[0].in_features, 1.0, LOGIT_SPREAD)}
 
 
 class MagicAttention(_TwoLayerAttention):
@@ -255,6 +244,14 @@ class MagicAttention(_TwoLayerAttention):
             branches.append(self.bottleneck(context))
         return sum(branches[1:], branches[0])
 
+    def calibrated_layers(self) -> dict[nn.Linear, float]:
+        layers = super().calibrated_layers()
+        if self.recalculation is not None:
+            # The gates multiply what the softmax gives: on top of it they start half as far apart.
+            n_kernels = self.recalculation[0].in_features
+            layers[self.recalculation[3]] = _std_behind_relu(n_kernels, LOGIT_SPREAD, LOGIT_SPREAD / 2)
+        return layers
+
     def neutralise(self) -> float:
         if self.mixing == "released" or self.recalculation is None:
             # Equal kernels weighted by a softmax are that kernel, whatever the weights.
@@ -293,12 +290,8 @@ class CondConvAttention(KernelAttention):
         with autocast_disabled(x.device.type):
             return self.routing(self.norm(_channel_means(x, self.routing.weight))).sigmoid()
 
-    @property
-    def last(self) -> nn.Linear:
-        return self.routing
-
-    def last_input_variance(self) -> float:
-        return 1.0
+    def calibrated_layers(self) -> dict[nn.Linear, float]:
+        return {self.routing: LOGIT_SPREAD / math.sqrt(self.routing.in_features)}
 
     def neutralise(self) -> float:
         nn.init.zeros_(self.routing.weight)
@@ -585,6 +578,16 @@ def _hidden(channels: int, reduction: int) -> int:
             "smaller reduction."
         )
     return channels // reduction
+
+
+def _std_behind_relu(channels: int, spread_of_input: float, spread_of_output: float) -> float:
+    """Of the weights of the second of two linear layers with a ReLU between them, the first drawn by fan-out, so that
+    outputs vary over samples by ``spread_of_output``.
+
+    With h hidden units the first layer's weights have the variance 2 / h, so the units vary by 2 C / h times the
+    variance of the input; max(0, g) has (1 - 1 / pi) / 2 times the variance of a normal g, and the sum has h terms.
+    """
+    return spread_of_output / (spread_of_input * math.sqrt(channels * (1 - 1 / math.pi)))
 
 
 def _channel_means(x: Tensor, like: Tensor) -> Tensor:

@@ -316,32 +316,32 @@ def test_initial_state():
 
 
 @pytest.mark.parametrize(
-    ("options", "last", "std"),
+    ("options", "calibrated"),
     [
-        ({}, "attention.fusion.2.weight", 0.0530),
-        ({"attention": "dyconv"}, "attention.fusion.2.weight", 0.0530),
-        ({"attention": "condconv"}, "attention.routing.weight", 0.0437),
+        ({}, {"fusion.2.weight": 0.0530, "recalculation.3.weight": 0.0757}),
+        ({"attention": "dyconv"}, {"fusion.2.weight": 0.0530}),
+        ({"attention": "condconv"}, {"routing.weight": 0.0437}),
     ],
     ids=["magic", "dyconv", "condconv"],
 )
-def test_calibrated_start(options: dict[str, Any], last: str, std: float):
-    """Only the last layer differs from the released start: 0.7 / sqrt(C), behind a hidden layer 0.341 * 2 C."""
+def test_calibrated_start(options: dict[str, Any], calibrated: dict[str, float]):
+    """Only the last layers differ from the released start: 0.7 / sqrt(C), with a hidden layer 0.7 / sqrt(0.682 C), and
+    of the gates 0.35 / 0.7 / sqrt(0.682 K)."""
     torch.manual_seed(0)
-    layer = MagicConv3d(256, 8, 1, n_kernels=64, attention_init="calibrated", **options)
-    parameters = dict(layer.attention.named_parameters(prefix="attention"))
-    assert parameters[last].std().item() == pytest.approx(std, rel=0.05)
-    for name, parameter in parameters.items():
+    attention = MagicConv3d(256, 8, 1, n_kernels=64, attention_init="calibrated", **options).attention
+    for name, parameter in attention.named_parameters():
         if name.endswith("bias"):
             assert parameter.count_nonzero() == 0, name
-        elif parameter.ndim == 2 and name != last and len(parameter) > 1:
-            assert parameter.std().item() == pytest.approx(math.sqrt(2 / len(parameter)), rel=0.1), name
+        elif parameter.ndim == 2 and len(parameter) > 1:
+            expected = calibrated.get(name, math.sqrt(2 / len(parameter)))
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
-    # What it is for: logits of standardised vectors that vary by 0.7.
-    logits: list[Tensor] = []
-    layer.attention.last.register_forward_hook(lambda *args: logits.append(args[-1]))
-    network = layer.attention.routing if options.get("attention") == "condconv" else layer.attention.fusion
-    network(torch.randn(1000, 256))
-    assert logits[0].std(0).mean().item() == pytest.approx(0.7, rel=0.1)
+    # What it is for: standardised vectors give logits that vary by 0.7, and gates' that vary by 0.35.
+    vectors = torch.randn(1000, 256)
+    logits = attention.routing(vectors) if options.get("attention") == "condconv" else attention.fusion(vectors)
+    assert logits.std(0).mean().item() == pytest.approx(0.7, rel=0.1)
+    if not options:
+        assert attention.recalculation(logits).std(0).mean().item() == pytest.approx(0.35, rel=0.1)
 
 
 @norms

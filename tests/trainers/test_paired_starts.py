@@ -36,7 +36,7 @@ _MORE_ANCHORS = {
 }
 # Nearly everything is wider, and what is not has more inputs, which bound its bias.
 _WIDER = {"shape": (r".*",), "equal": (r".*\.bias",)}
-_RELEASED_START = {"equal": (r"encoder\..*\.attention\.fusion\.2\.weight",)}  # larger by a factor
+_RELEASED_START = {"equal": (r"encoder\..*\.attention\.(fusion\.2|recalculation\.3)\.weight",)}  # larger by a factor
 # What a variant has under the names of its family's main network without having the same: tensors of another shape, and
 # tensors of the same shape that another number of inputs bounds otherwise.
 EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
