@@ -15,8 +15,8 @@ def standardize(input: Tensor, axes: Sequence[int], eps: float) -> Tensor:
 
     .. math:: \frac{g - mean(g) - \hat x \, mean(g \hat x)}{\sqrt{variance + eps}}
 
-    torch's norms are faster where nothing is compiled. torch.compile takes their backward passes apart into three times
-    as many operations as these. There is no second derivative.
+    torch's norms are faster where nothing is compiled. torch.compile takes their backward passes apart into more
+    operations than these. There is no second derivative.
     """
     return _Standardize.apply(input, list(axes), eps)
 
