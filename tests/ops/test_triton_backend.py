@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,19 +157,19 @@ def test_compiles_for_hopper_with_vector_accesses_and_without_spills(dtype, hopp
         assert len(re.findall(instruction, code)) >= accesses[half], name
 
 
-@needs_triton
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_torch_compile_sees_the_kernels(deterministic: bool, hopper, monkeypatch: pytest.MonkeyPatch):
-    """Traced as for the interpreter, with torch's own wrapper of the kernels, and not run; one graph serves every size.
+@pytest.fixture
+def traced(hopper, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list, Callable]]:
+    """The graphs that torch.compile makes, and the backend that makes and does not run them.
 
-    Fake tensors on a GPU would do as well, but torch.compile takes none from outside before torch 2.9.
+    Traced as for the interpreter, but with torch's own wrapper of the kernels. Fake tensors on a GPU would do as well,
+    but old versions of torch.compile take none from outside.
     """
     from torch._dynamo.backends.common import aot_autograd
 
     graphs = []
 
     def keep(graph, inputs):
-        graphs.append([node.name for node in graph.graph.nodes])
+        graphs.append(graph.graph.nodes)
 
         def run(*arguments):
             with FakeTensorMode() as mode:
@@ -181,7 +182,16 @@ def test_torch_compile_sees_the_kernels(deterministic: bool, hopper, monkeypatch
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
     monkeypatch.setattr(triton_, "_interpreted", lambda: True)
     monkeypatch.setattr(triton_, "wrap_triton", torch.library.wrap_triton)
-    compiler = aot_autograd(fw_compiler=keep)
+    torch.compiler.reset()
+    yield graphs, aot_autograd(fw_compiler=keep)
+    torch.compiler.reset()
+
+
+@needs_triton
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_torch_compile_sees_the_kernels(deterministic: bool, traced):
+    """One graph serves every size."""
+    graphs, compiler = traced
     backward = torch.ops.nnunet_deform.deform_conv_backward
     forward = torch.compile(
         lambda *t: deform_conv3d(*t, padding=1).sin(), fullgraph=True, dynamic=True, backend=compiler
@@ -189,7 +199,6 @@ def test_torch_compile_sees_the_kernels(deterministic: bool, hopper, monkeypatch
     gradients = torch.compile(
         lambda *t: backward(*t, [1] * 3, [1] * 3, [1] * 3, [True] * 4), fullgraph=True, dynamic=True, backend=compiler
     )
-    torch.compiler.reset()
     torch.use_deterministic_algorithms(deterministic)
     try:
         with torch.no_grad():
@@ -201,13 +210,29 @@ def test_torch_compile_sees_the_kernels(deterministic: bool, hopper, monkeypatch
                     results = gradients(output, *made)
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.compiler.reset()
     assert output.shape == made[0].shape
     assert [tuple(r.shape) for r in results] == [*(tuple(t.shape) for t in made), (2,)]
-    kernels = [sum("triton_kernel_wrapper" in name for name in graph) for graph in graphs]
+    names = [[node.name for node in nodes] for nodes in graphs]
+    kernels = [sum("triton_kernel_wrapper" in name for name in graph) for graph in names]
     # One forward; for the gradients two, or one, one to number the cells and one for each of eight parities.
     assert kernels == [1, 10 if deterministic else 2]
-    assert not any("deform_conv" in name for graph in graphs for name in graph)
+    assert not any("deform_conv" in name for graph in names for name in graph)
+
+
+@needs_triton
+def test_a_traced_stride_reaches_the_kernels_as_a_number(traced):
+    graphs, compiler = traced
+    compiled = torch.compile(
+        lambda *t, stride: deform_conv3d(*t, stride=stride, padding=1), fullgraph=True, dynamic=True, backend=compiler
+    )
+    with torch.no_grad():
+        for stride in (2, 3):
+            input, offset, weight = tensors((8, 9, 10), channels=2, device="cpu")
+            steps = slice(None, None, stride)
+            output = compiled(input, offset[:, :, steps, steps, steps], weight, stride=stride)
+            assert tuple(output.shape[2:]) == tuple((size - 1) // stride + 1 for size in (8, 9, 10))
+    launches = [node.kwargs["kwargs"] for nodes in graphs for node in nodes if "kernel_wrapper" in node.name]
+    assert [[launch[f"stride_{axis}"] for axis in "dhw"] for launch in launches] == [[2] * 3, [3] * 3]
 
 
 @needs_triton

@@ -268,9 +268,10 @@ class _Problem:
         self.geometry = {
             **_by_axis("in_{}", self.size, 1),
             **_by_axis("out_{}", self.out_size, 1),
-            **_by_axis("stride_{}", stride, 1),
-            **_by_axis("padding_{}", padding, 0),
-            **_by_axis("dilation_{}", dilation, 1),
+            # Numbers, also where torch.compile traces them: it builds anew for others.
+            **_by_axis("stride_{}", [int(s) for s in stride], 1),
+            **_by_axis("padding_{}", [int(p) for p in padding], 0),
+            **_by_axis("dilation_{}", [int(d) for d in dilation], 1),
             "groups": self.groups,
             "AXES": self.axes,
             **{name: int(k) for name, k in _by_axis("KERNEL_{}", weight.shape[2:], 1).items()},
