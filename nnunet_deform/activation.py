@@ -158,7 +158,7 @@ def version_problems() -> list[str]:
         if not requirement.specifier.contains(installed, prereleases=True):
             found.append(
                 f"{requirement.name} {installed} is installed, but nnunet-deform {__version__} needs "
-                f"{requirement.specifier}; run: pip install '{wanted}'"
+                f"{requirement.specifier}{_still_works(wanted, installed)}; run: pip install '{wanted}'"
             )
     installed = importlib.metadata.version("nnunet-deform")
     if installed != __version__:
@@ -172,6 +172,20 @@ def version_problems() -> list[str]:
             f"{folders[0]}; activate that one, or install nnunet-deform into the other."
         )
     return found
+
+
+def _still_works(wanted: str, installed: str) -> str:
+    """What a version of torch that is not wanted can do all the same."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    requirement = Requirement(wanted)
+    if requirement.name != "torch":
+        return ""
+    oldest = min(Version(s.version) for s in requirement.specifier if s.operator == ">=")
+    if Version(installed) < oldest:
+        return " (its operators are computed without Triton, and torch.compile and the rest were not tried with it)"
+    return " (everything runs, but nnU-Net excludes it for its slow 3D convolutions)"
 
 
 def configured_paths() -> list[str]:

@@ -110,7 +110,7 @@ def status(
     problems += [problem for name in trainer or () if (problem := diagnosis.trainer_problem(name)) is not None]
     problems += _print_backends(console)
     problems += [*diagnosis.plan_problems(), *diagnosis.checkpoint_problems()]
-    for note in diagnosis.checkpoint_notes():
+    for note in (*diagnosis.checkpoint_notes(), *diagnosis.command_notes()):
         console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
     # A broken look-up is one problem, whatever was looked for.
     _print_problems(console, list(dict.fromkeys(problems)))
@@ -153,6 +153,7 @@ def _print_trainers(console: Console) -> list[str]:
 def _print_backends(console: Console) -> list[str]:
     import torch
 
+    from nnunet_deform import diagnosis
     from nnunet_deform.ops import backends_for, choose_backend
 
     table = Table("device", "backend", "state")
@@ -174,7 +175,10 @@ def _print_backends(console: Console) -> list[str]:
             table.add_row(device, "-", "[red]none[/red]")
             problems.append(f"On {device}: {error}")
             continue
-        for name, reason in backends_for(*tensors).items():
+        reasons = backends_for(*tensors)
+        if device == "cuda" and (note := diagnosis.gpu_note(chosen, reasons)) is not None:
+            console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
+        for name, reason in reasons.items():
             state = "used" if name == chosen else "available"
             table.add_row(device, name, state if reason is None else f"cannot run: {escape(reason)}")
     console.print(table)

@@ -7,8 +7,9 @@ import json
 import os
 import pydoc
 import re
+import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,31 @@ def checkpoint_notes() -> list[str]:
                         f"loading or results differ, run: pip install '{package}=={versions[package]}'"
                     ] = None
     return list(notes)
+
+
+def command_notes() -> list[str]:
+    """Commands of nnU-Net that do not know our trainers."""
+    if shutil.which("nnUNetv2_train_pretrained") is None:
+        return []
+    return [
+        "nnUNetv2_train_pretrained looks for trainers in nnU-Net's own folder only, so it finds none of ours; "
+        "nnUNetv2_train finds them, and starts from given weights with -pretrained_weights."
+    ]
+
+
+def gpu_note(chosen: str, reasons: Mapping[str, str | None]) -> str | None:
+    """Why Triton does not compute deformable convolutions on this machine's GPU, and what does; None where it does.
+
+    Args:
+        chosen: the backend that computes them.
+        reasons: by backend, why it cannot run there; None where it can.
+    """
+    if reasons["triton"] is None:
+        return None
+    return (
+        f"The triton backend cannot run on cuda: {reasons['triton']}. The {chosen} backend computes the deformable "
+        "convolutions there, slower, and everything else works as it does with Triton."
+    )
 
 
 def _files(variable: str, pattern: str) -> Iterator[Path]:

@@ -113,10 +113,13 @@ class nnUNetTrainerMedNeXt_L(MonaiTrainer):
 
 
 class _ContinuedWarmup(nnUNetTrainer):
-    """Continues nnU-Net's warm-up trainers, whose own method reads no checkpoint from torch 2.6 on."""
+    """Continues nnU-Net's warm-up trainers, whose own method reads no checkpoint from torch 2.6 on.
 
-    def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
-        nnUNetTrainer.load_checkpoint(self, filename_or_checkpoint)
+    nnU-Net's master has mended that; this can go when a release that has it is the oldest that is supported.
+    """
+
+    def load_checkpoint(self, checkpoint: str | dict) -> None:
+        nnUNetTrainer.load_checkpoint(self, checkpoint)
         # Not when it is finished, and perhaps was all warm-up: there is no rate beyond the last epoch.
         if self.warmup_duration_whole_net <= self.current_epoch < self.num_epochs:
             self.optimizer, self.lr_scheduler = self.configure_optimizers("train")

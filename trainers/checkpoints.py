@@ -40,21 +40,29 @@ class AtomicCheckpoints(nnUNetTrainer):
             with suppress(FileNotFoundError):
                 os.remove(partial)
 
-    def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
+    def load_checkpoint(
+        self, checkpoint: str | dict | None = None, *, filename_or_checkpoint: str | dict | None = None
+    ) -> None:
         """nnU-Net's, with a clear word on a damaged file and a note on one that another version wrote.
+
+        Args:
+            checkpoint: a file's name, or what was read from one.
+            filename_or_checkpoint: the same, as nnU-Net 2.8.1 calls it.
 
         Raises:
             RuntimeError: the file is no complete checkpoint.
         """
-        if isinstance(filename_or_checkpoint, str):
-            trained_with = checkpoint_versions(filename_or_checkpoint).get("nnunet-deform", __version__)
-            _check_complete(filename_or_checkpoint)
+        if checkpoint is None:
+            checkpoint = filename_or_checkpoint
+        if isinstance(checkpoint, str):
+            trained_with = checkpoint_versions(checkpoint).get("nnunet-deform", __version__)
+            _check_complete(checkpoint)
             if trained_with != __version__:
                 self.print_to_log_file(
-                    f"WARNING: {filename_or_checkpoint} was written by nnunet-deform {trained_with}, this is "
+                    f"WARNING: {checkpoint} was written by nnunet-deform {trained_with}, this is "
                     f"{__version__}; the changelog says whether networks or recipes have changed."
                 )
-        super().load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(checkpoint)
 
 
 def _record_versions(path: str) -> None:

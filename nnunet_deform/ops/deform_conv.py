@@ -109,9 +109,13 @@ _Bools = List[bool]  # noqa: UP006
 _Gradients = Tuple[Tensor, Tensor, Tensor, Tensor]  # noqa: UP006
 
 
+# Below torch 2.6, which is not supported, there is none; the package can be imported and says so.
+_triton_op = getattr(torch.library, "triton_op", torch.library.custom_op)
+
+
 # torch.compile looks into a triton_op and so sees the Triton kernels. The other backends' work it cannot see, or, for
 # plain tensor operations, had better not: they are operators of their own below.
-@torch.library.triton_op("nnunet_deform::deform_conv", mutates_args=())
+@_triton_op("nnunet_deform::deform_conv", mutates_args=())
 def _forward(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, stride: _Ints, padding: _Ints, dilation: _Ints
 ) -> Tensor:
@@ -149,7 +153,7 @@ def _empty_output(input, weight, stride, padding, dilation):
     )
 
 
-@torch.library.triton_op("nnunet_deform::deform_conv_backward", mutates_args=())
+@_triton_op("nnunet_deform::deform_conv_backward", mutates_args=())
 def _backward(
     grad_output: Tensor,
     input: Tensor,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nnunet_deform import __version__, activation, cli, trainers
+from nnunet_deform import __version__, activation, cli, diagnosis, trainers
 
 OURS = activation.extension_folder()
 
@@ -249,6 +249,8 @@ def test_status_with_an_activation_of_another_version(active, pth):
     ("package", "installed", "answer"),
     [
         ("torch", "2.9.1", "torch 2.9.1 is installed, but nnunet-deform"),
+        ("torch", "2.9.1", "(everything runs, but nnU-Net excludes it for its slow 3D convolutions); run: pip install"),
+        ("torch", "2.5.1", "(its operators are computed without Triton, and torch.compile and the rest were not tried"),
         ("dynamic-network-architectures", "0.3", "run: pip install 'dynamic-network-architectures<0.5,>=0.4.4'"),
         ("nnunet-deform", "0.0.1", f"was installed as 0.0.1, but its files are of {__version__}"),
         ("rich", None, "rich is not installed; run: pip install 'rich>=13'"),
@@ -272,6 +274,24 @@ def test_status_with_another_environments_nnunet(active, monkeypatch, tmp_path):
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
     assert f"nnUNetv2_train on your PATH is {command}" in only_problem(active("status"))
+
+
+def test_status_with_a_command_that_does_not_find_our_trainers(active, monkeypatch, tmp_path):
+    assert "nnUNetv2_train_pretrained" not in active("status").output
+    command = tmp_path / "nnUNetv2_train_pretrained"
+    command.write_text("#!/bin/sh")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", os.environ["PATH"] + os.pathsep + str(tmp_path))
+    result = active("status")
+    assert result.exit_code == 0
+    assert "Note: nnUNetv2_train_pretrained looks for trainers in nnU-Net's own folder only" in result.output
+
+
+def test_a_gpu_without_triton_is_told_what_works():
+    reasons = {"triton": None, "torch": None}
+    assert diagnosis.gpu_note("triton", reasons) is None
+    note = diagnosis.gpu_note("torch", reasons | {"triton": "Triton is not installed"})
+    assert note.startswith("The triton backend cannot run on cuda: Triton is not installed. The torch backend computes")
 
 
 def test_status_without_the_compiled_kernel(active, monkeypatch):

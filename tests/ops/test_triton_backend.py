@@ -264,6 +264,7 @@ def test_what_it_cannot_do_has_a_reason(device, change, reason, monkeypatch: pyt
     ],
 )
 def test_old_gpus_have_a_reason(capability, dtype, reason, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_, "_unable_to_compile", lambda capability: None)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert triton_._unable_device(torch.empty(1, dtype=dtype)) == reason
@@ -277,3 +278,62 @@ def test_without_triton_there_is_a_reason_and_another_backend(monkeypatch: pytes
     made = tensors((3, 4, 5), channels=4, device="cpu")
     assert backends_for(*made)["triton"] == "Triton is not installed"
     assert choose_backend(*made)[0] != "triton"
+
+
+@needs_triton
+def test_a_triton_that_cannot_compile_has_a_reason(hopper, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton_._unable_to_compile.cache_clear()
+    assert triton_._unable_device(torch.empty(1)) is None
+
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(triton_.trial_kernel, "warmup", no_compiler)
+    assert triton_._unable_device(torch.empty(1)) is None, "tried once"
+    triton_._unable_to_compile.cache_clear()
+    reason = triton_._unable_device(torch.empty(1))
+    triton_._unable_to_compile.cache_clear()
+    assert reason.endswith("cannot compile here (RuntimeError: Failed to find C compiler.)")
+
+
+# What the package imports first is told to fail, as a fresh process finds it.
+STAND_INS = {
+    "no Triton": ("sys.modules['triton'] = None", "Triton is not installed"),
+    "a broken Triton": (
+        "import importlib.abc\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'triton': raise ImportError('libstdc++ is too old')\n"
+        "sys.meta_path.insert(0, Broken())",
+        "Triton cannot be imported (libstdc++ is too old)",
+    ),
+    "a torch below the oldest": (
+        "import torch; del torch.library.triton_op, torch.library.wrap_triton; torch.__version__ = '2.5.1'",
+        "it needs torch 2.6 or later, and this is 2.5.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_the_package_is_imported_and_another_backend_used(name: str):
+    stand_in, reason = STAND_INS[name]
+    program = (
+        f"import sys\n{stand_in}\n"
+        + """
+import torch
+from nnunet_deform.ops import backends_for, choose_backend, deform_conv3d
+arguments = torch.ones(1, 2, 3, 3, 3), torch.zeros(1, 81, 3, 3, 3), torch.ones(2, 1, 3, 3, 3)
+assert deform_conv3d(*arguments, padding=1)[0, 0, 1, 1, 1] == 27
+print(choose_backend(*arguments)[0], backends_for(*arguments)["triton"], sep=": ")
+"""
+    )
+    environment = {**os.environ, BACKEND_VARIABLE: ""}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    backend, _, said = result.stdout.strip().partition(": ")
+    if name == "a torch below the oldest" and importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    assert backend != "triton"
+    assert said == reason

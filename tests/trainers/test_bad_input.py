@@ -140,6 +140,8 @@ def test_a_checkpoint_of_another_version_is_continued_with_a_warning(make_traine
         assert checkpoints.checkpoint_versions(path)["nnunet-deform"] == version
         again = make_trainer(seeded)
         again.load_checkpoint(path)
+        for name in ("checkpoint", "filename_or_checkpoint"):  # nnU-Net's master, 2.8.1
+            again.load_checkpoint(**{name: path})
         log = Path(again.log_file).read_text()
         assert ("was written by nnunet-deform 0.0.1, this is" in log) == warns
         one, other = trainer.network.state_dict(), again.network.state_dict()

@@ -9,6 +9,7 @@ with atomic additions, whose order changes from run to run, or, under ``torch.us
 the samples sorted by cell: each cell adds its samples in order, and cells that share corners take turns.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from nnunet_deform.ops.layouts import CHANNELS_LAST
 
+_missing = "Triton is not installed"
 try:
     import triton
 
@@ -29,9 +31,12 @@ try:
         gather_input_gradient_kernel,
         offset_weight_gradient_kernel,
         scatter_input_gradient_kernel,
+        trial_kernel,
     )
-except ImportError:
+except ImportError as error:
     triton = None
+    if not isinstance(error, ModuleNotFoundError):
+        _missing = f"Triton cannot be imported ({error})"
 
 
 # The kernels count voxels in 32 bits, with a bit to spare for the offsets.
@@ -59,7 +64,9 @@ _SORT_MEMORY = 2**26
 
 def unable(input: Tensor, offset: Tensor, weight: Tensor) -> str | None:
     if triton is None:
-        return "Triton is not installed"
+        return _missing
+    if not hasattr(torch.library, "triton_op"):
+        return f"it needs torch 2.6 or later, and this is {torch.__version__}"
     if input.device.type != "cuda" and not (_interpreted() and input.device.type == "cpu"):
         return f"it runs on CUDA devices, and the tensors are on {input.device.type}"
     if input.dtype == torch.float64:
@@ -87,6 +94,19 @@ def _unable_device(input: Tensor) -> str | None:
             f"{input.dtype} needs compute capability {needed[0]}.{needed[1]}, and this GPU has "
             f"{capability[0]}.{capability[1]}"
         )
+    with _current_device(input):
+        return _unable_to_compile(capability)
+
+
+@functools.cache
+def _unable_to_compile(capability: tuple[int, int]) -> str | None:
+    """Tried once for each kind of GPU: there may be no C compiler, or none that knows the GPU."""
+    try:
+        # Compiled and not launched, because torch.compile asks as well, and it has no tensors to launch with.
+        trial_kernel.warmup(torch.float32, grid=(1,))
+    except Exception as error:  # Triton's own, those of subprocess, of the operating system ...
+        lines = str(error).strip().splitlines() or [""]
+        return f"Triton {triton.__version__} cannot compile here ({type(error).__name__}: {lines[0]})"
     return None
 
 
