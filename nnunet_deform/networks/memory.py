@@ -43,7 +43,8 @@ def bytes_kept_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int
     if unable is not None:
         raise RuntimeError(unable)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        network, image = network.to_empty(device="cuda"), torch.empty(tuple(input_shape), device="cuda")
+        _move_to_cuda(network)
+        image = torch.empty(tuple(input_shape), device="cuda")
         # torch.autocast would find no device and stay off.
         torch.set_autocast_dtype("cuda", torch.float16)
         torch.set_autocast_enabled("cuda", True)
@@ -53,6 +54,17 @@ def bytes_kept_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
         return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+
+
+def _move_to_cuda(network: nn.Module) -> None:
+    """Put empty tensors into the places of parameters and buffers."""
+    # Not by to_empty, which fails where a module stands under two names, as nnU-Net's convolutions do.
+    for module in network.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            moved = torch.empty_like(parameter, device="cuda")
+            setattr(module, key, nn.Parameter(moved, requires_grad=parameter.requires_grad))
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(module, key, torch.empty_like(buffer, device="cuda"))
 
 
 def unable_to_follow_autocast() -> str | None:

@@ -66,6 +66,9 @@ def test_it_builds_its_network_takes_a_step_and_loads_again(make_trainer, name) 
         trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
     )
     single.load_state_dict(trainer.network.state_dict(), strict=True)
+    # In training mode running statistics would change from one pass to the next.
+    single.eval()
+    trainer.network.eval()
     with torch.no_grad():
         expected = tensors(trainer.network(batch["data"]))[0]
         assert expected.shape == (2, 3, 32, 32, 32)
