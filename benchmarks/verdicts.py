@@ -104,7 +104,9 @@ def main() -> None:
             lines.append(_row(world, rates))
             print(lines[-1], flush=True)
             of_families = {str(family): asdict(of_family) for family, of_family in rates.items()}
-            content.append({"world": asdict(world), "experiments": arguments.experiments, "decides": world.decides, **of_families})
+            content.append(
+                {"world": asdict(world), "experiments": arguments.experiments, "decides": world.decides, **of_families}
+            )
     lines += ["\n### What can be found\n", *_designs()]
     minutes = (time.process_time() - started) / 60
     made = f"numpy {np.__version__}, scipy {scipy.__version__}, {platform.machine()}"
