@@ -298,42 +298,34 @@ def test_a_triton_that_cannot_compile_has_a_reason(hopper, monkeypatch: pytest.M
     assert reason.endswith("cannot compile here (RuntimeError: Failed to find C compiler.)")
 
 
-# What the package imports first is told to fail, as a fresh process finds it.
-STAND_INS = {
-    "no Triton": ("sys.modules['triton'] = None", "Triton is not installed"),
-    "a broken Triton": (
-        "import importlib.abc\n"
-        "class Broken(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'triton': raise ImportError('libstdc++ is too old')\n"
-        "sys.meta_path.insert(0, Broken())",
-        "Triton cannot be imported (libstdc++ is too old)",
-    ),
-    "a torch below the oldest": (
-        "import torch; del torch.library.triton_op, torch.library.wrap_triton; torch.__version__ = '2.5.1'",
-        "it needs torch 2.6 or later, and this is 2.5.1",
-    ),
-}
+BROKEN_TRITON = "raise ImportError('libstdc++ is too old')"
+OLD_TORCH = "import torch; del torch.library.triton_op, torch.library.wrap_triton; torch.__version__ = '2.5.1'"
 
 
-@pytest.mark.parametrize("name", STAND_INS)
-def test_the_package_is_imported_and_another_backend_used(name: str):
-    stand_in, reason = STAND_INS[name]
-    program = (
-        f"import sys\n{stand_in}\n"
-        + """
+@pytest.mark.parametrize(
+    ("before", "triton", "reason"),
+    [
+        ("import sys; sys.modules['triton'] = None", None, "Triton is not installed"),
+        ("", BROKEN_TRITON, "Triton cannot be imported (libstdc++ is too old)"),
+        pytest.param(OLD_TORCH, None, "it needs torch 2.6 or later, and this is 2.5.1", marks=needs_triton),
+    ],
+    ids=["no Triton", "a broken Triton", "a torch below the oldest"],
+)
+def test_the_package_is_imported_and_another_backend_used(before, triton, reason, tmp_path):
+    program = f"""
+{before}
 import torch
 from nnunet_deform.ops import backends_for, choose_backend, deform_conv3d
 arguments = torch.ones(1, 2, 3, 3, 3), torch.zeros(1, 81, 3, 3, 3), torch.ones(2, 1, 3, 3, 3)
 assert deform_conv3d(*arguments, padding=1)[0, 0, 1, 1, 1] == 27
 print(choose_backend(*arguments)[0], backends_for(*arguments)["triton"], sep=": ")
 """
-    )
-    environment = {**os.environ, BACKEND_VARIABLE: ""}
+    if triton is not None:
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text(triton)
+    environment = {**os.environ, BACKEND_VARIABLE: "", "PYTHONPATH": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     backend, _, said = result.stdout.strip().partition(": ")
-    if name == "a torch below the oldest" and importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed"
     assert backend != "triton"
     assert said == reason
