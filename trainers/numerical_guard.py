@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
+
+from nnunet_deform.trainers.wrapping import unwrapped
 
 # A scaler starts with a scale that overflows and halves it at each skipped step: 2^16 down to 2^-5.
 MAX_SKIPPED_STEPS = 20
@@ -109,12 +109,7 @@ class NumericalGuard(nnUNetTrainer):
 
     def _first_offender(self, batch: dict) -> str:
         """Run the batch once more, forward and backward, and say what is the first to be not finite."""
-        network = self.network
-        # Not through DistributedDataParallel, whose other processes do not take part, and not compiled: no hooks there.
-        if isinstance(network, DistributedDataParallel):
-            network = network.module
-        if isinstance(network, OptimizedModule):
-            network = network._orig_mod
+        network = unwrapped(self.network)
         data = batch["data"].to(self.device)
         target = [t.to(self.device) for t in _tensors(batch["target"])]
         target = target if isinstance(batch["target"], list) else target[0]

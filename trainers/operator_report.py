@@ -5,11 +5,9 @@ from pathlib import Path
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_deform.networks.observation import EPOCHS_FILE, ObservableNetwork, joined, summarise, write_epoch
+from nnunet_deform.trainers.wrapping import unwrapped
 
 # More than one, because a batch may be a single sample, and some numbers are about differences between samples.
 OBSERVED_BATCHES = 2
@@ -32,7 +30,7 @@ class OperatorReport(nnUNetTrainer):
         if (
             self.local_rank == 0
             and len(self._observed_batches) < OBSERVED_BATCHES
-            and isinstance(_plain(self.network), ObservableNetwork)
+            and isinstance(unwrapped(self.network), ObservableNetwork)
         ):
             self._observed_batches.append(batch["data"].detach().cpu().clone())
         return super().validation_step(batch)
@@ -44,7 +42,7 @@ class OperatorReport(nnUNetTrainer):
 
     def _report_operators(self) -> None:
         batches, self._observed_batches = self._observed_batches, []
-        network = _plain(self.network)
+        network = unwrapped(self.network)
         on_cuda = self.device.type == "cuda"
         with (
             torch.random.fork_rng(devices=[self.device] if on_cuda else []),
@@ -61,10 +59,3 @@ class OperatorReport(nnUNetTrainer):
             write_epoch(file, self.current_epoch, values)
         except OSError as error:
             self.print_to_log_file(f"WARNING: cannot write {file} ({error}); the training goes on without it.")
-
-
-def _plain(network: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel, whose other processes take no part, and not compiled: hooks need the modules."""
-    if isinstance(network, DistributedDataParallel):
-        network = network.module
-    return network._orig_mod if isinstance(network, OptimizedModule) else network

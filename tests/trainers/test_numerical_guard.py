@@ -11,7 +11,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from phantoms import narrow_baselines
 from torch import Tensor, nn
 
-from nnunet_deform.trainers import numerical_guard
+from nnunet_deform.trainers import numerical_guard, wrapping
 from nnunet_deform.trainers.numerical_guard import MAX_SKIPPED_STEPS
 from nnunet_deform.trainers.variants import find_trainer
 
@@ -329,7 +329,7 @@ class Wrapped(nn.Module):
 def test_wrapped_and_compiled_networks_are_unwrapped(started, monkeypatch) -> None:
     trainer = started("nnUNetTrainerLightMedSeg")
     break_output(trainer, "decoder.seg_layers.1")
-    monkeypatch.setattr(numerical_guard, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(wrapping, "DistributedDataParallel", Wrapped)
     trainer.network = Wrapped(torch.compile(trainer.network, backend="eager"))
     assert offender(stopped(trainer)) == "decoder.seg_layers.1"
     assert trainer.network.calls == 1
