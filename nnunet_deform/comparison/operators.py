@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,19 @@ MEASURES = (
     Measure("entropy of mixing shares (median layer)", None, lambda values: values.get("mixing_entropy_median")),
     Measure("entropy of routing weights", None, lambda values: values.get("routing_entropy")),
 )
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What the operators of one dataset's arms did.
+
+    panels: title, threshold and curves by arm of each measure that some training has; rows: see :func:`rows`; cautions:
+    see :func:`caution`, by the pair's arms.
+    """
+
+    panels: tuple[tuple[str, float | None, dict[str, list[Series]]], ...]
+    rows: tuple[tuple[str, str, int, str, str], ...]
+    cautions: Mapping[frozenset[str], str]
 
 
 def read_histories(trainings: Iterable[Training], results: Path) -> Histories:
@@ -138,7 +151,14 @@ def caution(experiment: Experiment, histories: Histories, first: str, second: st
     return None
 
 
-def cautions(experiment: Experiment, histories: Histories, arms: Sequence[str]) -> list[tuple[str, str, str]]:
-    """First and second arm of every contrast that needs one, and its words."""
+def diagnose(experiment: Experiment, histories: Histories, arms: Sequence[str]) -> Diagnostics:
+    """
+    Args:
+        histories: of one dataset.
+    """
     pairs = itertools.combinations(arms, 2)
-    return [(*pair, words) for pair in pairs if (words := caution(experiment, histories, *pair)) is not None]
+    return Diagnostics(
+        panels=tuple((m.title, m.threshold, found) for m in MEASURES if (found := curves(histories, m))),
+        rows=tuple(rows(histories, arms)),
+        cautions={frozenset(pair): words for pair in pairs if (words := caution(experiment, histories, *pair))},
+    )

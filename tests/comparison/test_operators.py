@@ -73,9 +73,8 @@ def test_the_caution_appears_and_disappears(experiment, arm, twin, changes):
     assert words.startswith(f"Caution: {arm}'s operator does not act")
     assert f"in 1 of 2 trainings ({value:.4f} to {value:.4f})" in words
     assert operators.caution(experiment, idle, arm, "Stock") is None
-    assert [pair[:2] for pair in operators.cautions(experiment, idle, list(ARMS)) if "not known" not in pair[2]] == [
-        (arm, twin)
-    ]
+    found = operators.diagnose(experiment, idle, list(ARMS)).cautions
+    assert [pair for pair, words in found.items() if "not known" not in words] == [{arm, twin}]
     # Only the last epoch counts, and one at the threshold acts.
     threshold = 0.1 if arm == "New" else 0.01
     at_threshold = history(arm, 1, **dict.fromkeys(changes, threshold))

@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from nnunet_deform.comparison.analysis import DatasetAnalysis, MetricAnalysis
 from nnunet_deform.comparison.cost import Cost
 from nnunet_deform.comparison.ranking import Ranking
+from nnunet_deform.comparison.report.content import Curve
 from nnunet_deform.comparison.verdicts import Contrast
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow and black; the blue is lighter, for
@@ -213,9 +214,6 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
             axes.set_ylabel(f"mean {metric.metric.name}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return _svg(figure, name)
-
-
-Curve = tuple[Sequence[int], Sequence[float], Sequence[float]]
 
 
 def read_curve(folder: Path) -> Curve:

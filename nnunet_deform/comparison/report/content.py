@@ -1,0 +1,100 @@
+"""What a report is made of, whoever trained and collected it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis
+from nnunet_deform.comparison.cost import Cost
+from nnunet_deform.comparison.metrics import Region
+from nnunet_deform.comparison.operators import Diagnostics
+
+Curve = tuple[Sequence[int], Sequence[float], Sequence[float]]
+"""Epochs, training and validation losses of one training."""
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """One case and one arm's prediction of it. image, truth, prediction: [Z, Y, X]; spacing: mm, (z, y, x)."""
+
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    spacing: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class DatasetContent:
+    """What there is of one dataset beside its scores; parts that are empty are left out of the page.
+
+    labels: value of each class, or values of each region, by name; ignore_label: the value that does not count;
+    volumes: of a case (the second argument) and an arm's out-of-fold prediction (the first), None where a file is gone;
+    costs, curves: by arm; operators: what they did; cautions: what a reader must know, one sentence each.
+    """
+
+    labels: Mapping[str, Region] = field(default_factory=dict)
+    ignore_label: int | None = None
+    volumes: Callable[[str, str], Volumes | None] | None = None
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
+    operators: Diagnostics | None = None
+    cautions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What some trainings were made from. trainings: which, in words; splits, plans_file, dataset_file: SHA-256."""
+
+    dataset: str
+    plans: str
+    trainings: str
+    splits: str
+    plans_file: str
+    dataset_file: str
+    versions: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """
+    arms: in their order; hypotheses: pairs of them, on the ``primary`` metric; alpha: level of the hypotheses together;
+    bands: by metric, differences within +-band count as equal; draws: of the ranking's bootstrap;
+    cases, test: scores out of fold and of the test set, as :class:`collect.Collected` has them;
+    datasets: by dataset and configuration, those of the analysis;
+    source: the experiment file's text; command: the one that makes all this; commands: nnU-Net's;
+    environment: variables that these need; measured: how costs were measured, in words;
+    operators: of the last epochs, a table for those who ask; cautions: what a reader must know, one sentence each.
+    """
+
+    name: str
+    arms: tuple[str, ...]
+    hypotheses: tuple[tuple[str, str], ...]
+    primary: str
+    alpha: float
+    bands: Mapping[str, float]
+    draws: int
+    analysis: Analysis
+    cases: pd.DataFrame
+    test: pd.DataFrame
+    datasets: Mapping[tuple[str, str], DatasetContent]
+    command: str
+    source: str | None = None
+    commands: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    provenance: tuple[Provenance, ...] = ()
+    measured: str = ""
+    operators: pd.DataFrame | None = None
+    cautions: tuple[str, ...] = ()
+
+    def of(self, dataset: str, configuration: str) -> DatasetContent:
+        return self.datasets.get((dataset, configuration), DatasetContent())
+
+    def test_of(self, dataset: DatasetAnalysis) -> pd.DataFrame:
+        """The test scores of one dataset."""
+        table = self.test
+        return table[(table["dataset"] == dataset.dataset) & (table["configuration"] == dataset.configuration)]
