@@ -33,13 +33,15 @@ from nnunet_deform.comparison.verdicts import (
 class MetricAnalysis:
     """One metric on one dataset, all complete arms, out of fold.
 
-    scores: [arms, cases], a case's mean over its classes and the arm's trainings; by_class: [arms, classes], the mean
-    over patients; means and intervals: of each arm, the latter [2, arms]; contrasts: all pairs of arms, each at alpha
-    alone (exploratory), p_holm over these pairs; differences: [pairs, cases]; by_class_contrasts: class by class;
-    seed_means: of each training; noise: of seeds; ranking: None with fewer than two arms.
+    band: within which differences count as equal; scores: [arms, cases], a case's mean over its classes and the arm's
+    trainings; by_class: [arms, classes], the mean over patients; means and intervals: of each arm, the latter
+    [2, arms]; contrasts: all pairs of arms, each at alpha alone (exploratory), p_holm over these pairs; differences:
+    [pairs, cases]; by_class_contrasts: class by class; seed_means: of each training; noise: of seeds; ranking: None
+    with fewer than two arms.
     """
 
     metric: Metric
+    band: float
     scores: np.ndarray
     by_class: np.ndarray
     means: np.ndarray
@@ -165,7 +167,7 @@ def _decide(
                 paired_starts=alike,
                 alpha=experiment.statistics.alpha,
                 family=family,
-                band=experiment.statistics.band,
+                band=experiment.band(metric.name),
             )
     trained = set(scores.table["arm"])
     crashed = {
@@ -263,6 +265,7 @@ def _analyse_metric(
                 cases=len(scores.cases),
                 paired_starts=alike,
                 alpha=settings.alpha,
+                band=experiment.band(metric.name),
             )
         )
     overall = tuple(questions[0] for questions in by_question)
@@ -272,6 +275,7 @@ def _analyse_metric(
     p_holm = holm([contrast.p for contrast in overall])
     return MetricAnalysis(
         metric=metric,
+        band=experiment.band(metric.name),
         scores=of_cases,
         by_class=np.array([result.mean[1:] for result in of_arms]),
         means=np.array([result.mean[0] for result in of_arms]),

@@ -13,15 +13,17 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import fingerprint, read_json, write_json, write_table
-from nnunet_deform.comparison.metrics import METRICS, score_folder
+from nnunet_deform.comparison.metrics import METRICS
 from nnunet_deform.comparison.prepare import DatasetFolders, check_tolerances, find_dataset, patients_of
+from nnunet_deform.comparison.scoring import score_columns, score_files, summarised_files
 from nnunet_deform.comparison.splits import check_splits, read_splits
 from nnunet_deform.comparison.trainings import Training, is_done, list_trainings, read_record
 
-COLUMNS = (
-    *("dataset", "configuration", "arm", "seed", "fold", "case", "patient", "label"),
-    *("Dice", "NSD", "HD95", "voxels_truth", "voxels_prediction"),
-)
+
+def columns() -> list[str]:
+    """Of a table of scores from several trainings."""
+    case, *scores = score_columns()
+    return ["dataset", "configuration", "arm", "seed", "fold", case, "patient", *scores]
 
 
 class CollectionError(RuntimeError):
@@ -30,8 +32,8 @@ class CollectionError(RuntimeError):
 
 @dataclass(frozen=True)
 class Collected:
-    """cases: one row a training, case and class, out of fold, with COLUMNS; test: the same of the test set, predicted
-    by the folds' ensemble, fold -1; missing: why a training has no scores, by its words."""
+    """cases: one row a training, case and class, out of fold, with :func:`columns`; test: the same of the test set,
+    predicted by the folds' ensemble, fold -1; missing: why a training has no scores, by its words."""
 
     cases: pd.DataFrame
     test: pd.DataFrame
@@ -95,11 +97,12 @@ def tolerances(experiment: Experiment, training: Training, found: DatasetFolders
 
 
 def _read_scores(file: Path, summary: Path, tolerance: dict[str, float]) -> pd.DataFrame | None:
-    """None where there are none of these predictions with these tolerances."""
+    """None where there are none of these predictions with these tolerances and with every metric."""
     if not file.exists() or not summary.exists():
         return None
     table = pd.read_parquet(file)
-    return table if table.attrs == _made_from(summary, tolerance) else None
+    complete = set(METRICS) <= set(table) and table.attrs == _made_from(summary, tolerance)
+    return table if complete else None
 
 
 def _made_from(summary: Path, tolerance: dict[str, float]) -> dict[str, Any]:
@@ -111,10 +114,9 @@ def _score(experiment: Experiment, training: Training, found: DatasetFolders, su
     if _read_scores(file, summary, by_name) is not None:
         return
     names = {value: name for name, value in found.labels.items()}
-    table = score_folder(
-        summary,
+    table = score_files(
+        summarised_files(summary, found.file_ending),
         reader=PlansManager(str(found.plans_file(training.plans))).image_reader_writer_class(),
-        file_ending=found.file_ending,
         tolerances={value: by_name[name] for value, name in names.items()},
         ignore_label=found.ignore_label,
         processes=experiment.resources.processes,
@@ -187,10 +189,10 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
             test.append(_described(of_test, training, -1).assign(patient=of_cases))
     if faults:
         raise CollectionError("\n".join(faults))
-    empty = pd.DataFrame(columns=list(COLUMNS))
+    empty = pd.DataFrame(columns=columns())
     return Collected(
-        cases=pd.concat(out_of_fold, ignore_index=True)[list(COLUMNS)] if out_of_fold else empty,
-        test=pd.concat(test, ignore_index=True)[list(COLUMNS)] if test else empty,
+        cases=pd.concat(out_of_fold, ignore_index=True)[columns()] if out_of_fold else empty,
+        test=pd.concat(test, ignore_index=True)[columns()] if test else empty,
         missing=missing,
     )
 

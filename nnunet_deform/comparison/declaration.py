@@ -31,7 +31,7 @@ def declaration(experiment: Experiment, file: Path) -> dict[str, Any]:
         "iterations of an epoch": budget.iterations or "each trainer's own",
         "mirrored predictions": experiment.mirroring,
         "alpha": statistics.alpha,
-        "band": statistics.band,
+        "band": experiment.band(experiment.primary),
         "datasets": {
             f"{dataset.id} ({dataset.configuration})": {
                 "batch": dataset.batch_size or "the plan's",

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nnunet_deform.comparison.metrics import METRICS
 
 _TRAINER = re.compile(r"nnUNetTrainer[\w.+-]*")
 _DATASET = re.compile(r"Dataset\d{3}_[^*?\[\]/\\]+")
@@ -19,7 +21,15 @@ _LENGTH_OR_SEED = re.compile(r"_(\d+epochs|\d+iters|seed\d+|unmirrored)(?=_|$)")
 MOST_HYPOTHESES = 6
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*$")]
-MetricName = Literal["Dice", "NSD", "HD95"]
+
+
+def _known_metric(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError(f"there is no metric {name!r}; choose one of {', '.join(METRICS)}.")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_known_metric)]
 
 
 class ExperimentError(ValueError):
@@ -105,11 +115,11 @@ class Budget(_Strict):
 
 
 class Statistics(_Strict):
-    """alpha: level of the whole family; band: differences within +-band count as equal, in the metric's unit;
-    draws: of the ranking's bootstrap; seed: of its random numbers."""
+    """alpha: level of the whole family; band: differences within +-band count as equal, of the primary metric in its
+    unit, None is the metric's own; draws: of the ranking's bootstrap; seed: of its random numbers."""
 
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    band: Annotated[float, Field(gt=0)] = 0.005
+    band: Annotated[float, Field(gt=0)] | None = None
     draws: Annotated[int, Field(ge=1000)] = 10_000
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -221,6 +231,11 @@ class Experiment(_Strict):
         """By the full name of its folder."""
         number = int(name[len("Dataset") :][:3])
         return next(d for d in self.datasets if d.id in (number, name) and d.configuration == configuration)
+
+    def band(self, metric: str) -> float:
+        """Within which differences count as equal, in the metric's unit."""
+        stated = self.statistics.band if metric == self.primary else None
+        return METRICS[metric].band if stated is None else stated
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -430,7 +445,7 @@ hypotheses:
 
 statistics:
   alpha: 0.05
-  band: 0.005 # smaller differences count as equal
+  # band: 0.005           # smaller differences of the primary metric count as equal; default: the metric's own
   draws: 10000
 
 device: {device}

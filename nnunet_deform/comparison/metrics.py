@@ -1,145 +1,165 @@
-"""Scores of a prediction: Dice from nnU-Net's own evaluation, surface metrics from MONAI, one implementation for all.
+"""The registry of metrics: all that scoring, statistics and report need to know of one is its entry here.
 
 Rule for empty structures. Absent from truth and prediction: no score (NaN), as in nnU-Net, counted in the report.
-Absent from one of them: Dice 0, NSD 0, and HD95 the diagonal of the image.
+Absent from one of them: the metric's worst value.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-from nnunetv2.evaluation.evaluate_predictions import load_summary_json, region_or_label_to_mask
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+if TYPE_CHECKING:
+    import torch
 
 Region = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Structure:
+    """A class or region of one case.
+
+    truth, prediction: masks [Z, Y, X], of which an axis of length 1 is left out; spacing: mm, in the axes' order;
+    tolerance: mm, of NSD.
+    """
+
+    truth: np.ndarray
+    prediction: np.ndarray
+    spacing: tuple[float, ...]
+    tolerance: float
+
+    @property
+    def axes(self) -> list[int]:
+        """Those along which the image has more than one voxel."""
+        return [axis for axis, length in enumerate(self.truth.shape) if length > 1]
+
+    @property
+    def diagonal(self) -> float:
+        """Of the image, mm."""
+        return math.hypot(*(self.truth.shape[axis] * self.spacing[axis] for axis in self.axes))
+
+    @cached_property
+    def for_monai(self) -> dict[str, Any]:
+        """MONAI's arguments y_pred, y (masks [1, 1, ...] with a border of one voxel around what either holds) and
+        spacing."""
+        union = self.truth | self.prediction
+        window = []
+        for axis in self.axes:
+            used = np.flatnonzero(union.any(axis=tuple(other for other in range(union.ndim) if other != axis)))
+            window.append(slice(used[0], used[-1] + 1))
+        import torch
+
+        def tensor(mask: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.pad(mask.squeeze()[tuple(window)], 1))[None, None]
+
+        return {
+            "y_pred": tensor(self.prediction),
+            "y": tensor(self.truth),
+            "include_background": True,
+            "spacing": [self.spacing[axis] for axis in self.axes],
+        }
+
+
+@dataclass(frozen=True)
 class Metric:
-    """perfect: the best value; unit: of the values; decimals: for tables."""
+    """
+    name: heads its columns; compute: from a structure that truth and prediction have; worst: of one that only one of
+    them has; perfect: the best value; unit: of the values; decimals: for tables; band: differences within +-band count
+    as equal unless an experiment says otherwise; about: what it is, for the report's readers.
+    """
 
     name: str
+    compute: Callable[[Structure], float]
+    worst: Callable[[Structure], float]
     higher_is_better: bool
     perfect: float
     unit: str
     decimals: int
+    band: float
+    about: str
+
+    def of(self, structure: Structure) -> float:
+        """By the module's rule where a mask is empty."""
+        in_truth, in_prediction = structure.truth.any(), structure.prediction.any()
+        if in_truth and in_prediction:
+            return float(self.compute(structure))
+        return float(self.worst(structure)) if in_truth or in_prediction else float("nan")
+
+
+def _dice(structure: Structure) -> float:
+    both = np.count_nonzero(structure.truth & structure.prediction)
+    return 2 * both / (np.count_nonzero(structure.truth) + np.count_nonzero(structure.prediction))
+
+
+# Importing MONAI takes more time than everything else of `compare` together, and most steps score nothing.
+def _nsd(structure: Structure) -> float:
+    from monai.metrics import compute_surface_dice
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it sets itself
+        tolerances = [structure.tolerance]
+        return compute_surface_dice(**structure.for_monai, class_thresholds=tolerances, use_subvoxels=True).item()
+
+
+def _hd95(structure: Structure) -> float:
+    from monai.metrics import compute_hausdorff_distance
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return compute_hausdorff_distance(**structure.for_monai, percentile=95).item()
+
+
+def _zero(_: Structure) -> float:
+    return 0.0
 
 
 METRICS = {
-    "Dice": Metric("Dice", True, 1.0, "", 4),
-    "NSD": Metric("NSD", True, 1.0, "", 4),
-    "HD95": Metric("HD95", False, 0.0, "mm", 2),
-}
-
-
-def surface_scores(
-    truth: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], tolerance: float
-) -> tuple[float, float]:
-    """Normalised surface Dice and the 95th percentile of the Hausdorff distance.
-
-    NSD is the share of both surfaces, by area at sub-voxel resolution, that lies within ``tolerance`` of the other
-    (arXiv:1809.04430). HD95 is the larger of the two directed 95th percentiles between border voxels' centres.
-
-    Args:
-        truth, prediction: masks [Z, Y, X]; an axis of length 1 is left out.
-        spacing: mm, in the axes' order.
-        tolerance: mm.
-
-    Returns:
-        NSD and HD95 (mm), by the module's rule where a mask is empty.
-    """
-    if not truth.any() and not prediction.any():
-        return float("nan"), float("nan")
-    if not truth.any() or not prediction.any():
-        return 0.0, math.hypot(*(n * step for n, step in zip(truth.shape, spacing, strict=True)))
-    # Importing MONAI takes more time than everything else of `compare` together, and most steps score nothing.
-    import torch
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
-    union = truth | prediction
-    window = tuple(
-        slice(used[0], used[-1] + 1)
-        for used in (
-            np.flatnonzero(union.any(axis=tuple(other for other in range(union.ndim) if other != axis)))
-            for axis in range(union.ndim)
-        )
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="Dice",
+            compute=_dice,
+            worst=_zero,
+            higher_is_better=True,
+            perfect=1.0,
+            unit="",
+            decimals=4,
+            band=0.005,  # half a point, what is usually called no difference
+            about="Dice: overlap as nnU-Net's own evaluation computes it, at worst 0.",
+        ),
+        Metric(
+            name="NSD",
+            compute=_nsd,
+            worst=_zero,
+            higher_is_better=True,
+            perfect=1.0,
+            unit="",
+            decimals=4,
+            band=0.005,
+            about=(
+                "NSD: normalised surface Dice (arXiv:1809.04430), the share of both surfaces, by area at sub-voxel "
+                "resolution, that lies within the tolerance of the other, at worst 0; MONAI's."
+            ),
+        ),
+        Metric(
+            name="HD95",
+            compute=_hd95,
+            worst=lambda structure: structure.diagonal,
+            higher_is_better=False,
+            perfect=0.0,
+            unit="mm",
+            decimals=2,
+            band=0.1,  # a tenth of a usual voxel's side, finer than any border is drawn
+            about=(
+                "HD95: 95th percentile of the Hausdorff distance, the larger of the two directed ones, between the "
+                "centres of border voxels, at worst the image's diagonal; MONAI's."
+            ),
+        ),
     )
-    kept = [axis for axis, length in enumerate(truth.shape) if length > 1]
-    masks = [
-        torch.from_numpy(np.pad(mask[window].reshape([mask[window].shape[a] for a in kept]), 1))[None, None]
-        for mask in (prediction, truth)
-    ]
-    arguments: dict[str, Any] = {"include_background": True, "spacing": [spacing[axis] for axis in kept]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of an argument that it sets itself
-        nsd = compute_surface_dice(*masks, class_thresholds=[tolerance], use_subvoxels=True, **arguments)
-        hd95 = compute_hausdorff_distance(*masks, percentile=95, **arguments)
-    return nsd.item(), hd95.item()
-
-
-def score_case(
-    entry: dict[str, Any], *, reader: BaseReaderWriter, tolerances: dict[Region, float], ignore_label: int | None
-) -> list[dict[str, Any]]:
-    """One row a class, with the Dice that nnU-Net wrote and our surface metrics.
-
-    Args:
-        entry: of ``metric_per_case`` in nnU-Net's summary.json, class keys as labels or tuples of labels.
-        reader: nnU-Net's for these files.
-        tolerances: of each class, mm.
-        ignore_label: voxels that do not count, in either mask.
-    """
-    truth, properties = reader.read_seg(entry["reference_file"])
-    prediction, _ = reader.read_seg(entry["prediction_file"])
-    valid = np.ones(truth.shape, dtype=bool) if ignore_label is None else truth != ignore_label
-    rows = []
-    for region, scores in entry["metrics"].items():
-        masks = ((region_or_label_to_mask(array, region) & valid)[0] for array in (truth, prediction))
-        nsd, hd95 = surface_scores(*masks, properties["spacing"], tolerances[region])
-        rows.append(
-            {
-                "label": region,
-                "Dice": scores["Dice"],
-                "NSD": nsd,
-                "HD95": hd95,
-                "voxels_truth": int(scores["n_ref"]),
-                "voxels_prediction": int(scores["n_pred"]),
-            }
-        )
-    return rows
-
-
-def score_folder(
-    summary: Path,
-    *,
-    reader: BaseReaderWriter,
-    file_ending: str,
-    tolerances: dict[Region, float],
-    ignore_label: int | None = None,
-    processes: int = 1,
-) -> pd.DataFrame:
-    """All metrics of the predictions that a summary.json of nnU-Net is about.
-
-    Returns:
-        Columns case, label, Dice, NSD, HD95, voxels_truth, voxels_prediction; one row a case and class.
-    """
-    entries = load_summary_json(str(summary))["metric_per_case"]
-    for entry in entries:
-        # The folder may have been moved since, and the predictions lie beside their summary.
-        entry["prediction_file"] = str(summary.parent / Path(entry["prediction_file"]).name)
-    score = partial(score_case, reader=reader, tolerances=tolerances, ignore_label=ignore_label)
-    if processes > 1:
-        with get_context("spawn").Pool(processes) as pool:
-            scored = pool.map(score, entries)
-    else:
-        scored = [score(entry) for entry in entries]
-    cases = [Path(entry["prediction_file"]).name.removesuffix(file_ending) for entry in entries]
-    return pd.DataFrame([{"case": case, **row} for case, rows in zip(cases, scored, strict=True) for row in rows])
+}

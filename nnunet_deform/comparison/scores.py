@@ -18,7 +18,7 @@ from nnunet_deform.comparison.metrics import METRICS
 
 @dataclass(frozen=True)
 class Scores:
-    """One row a training, case and class: ``table`` has the columns of :data:`collect.COLUMNS` of one dataset.
+    """One row a training, case and class: ``table`` has the columns of :func:`collect.columns` of one dataset.
 
     arms: which, in order. A question is the mean over classes (the first) or one class.
     """

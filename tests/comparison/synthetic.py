@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from nnunet_deform.comparison.collect import COLUMNS
+from nnunet_deform.comparison.collect import columns
 from nnunet_deform.comparison.experiment import Experiment
 
 DATASET, CONFIGURATION = "Dataset501_Synthetic", "3d_fullres"
@@ -69,4 +69,4 @@ def make_scores(
                 }
             )
         )
-    return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+    return pd.concat(tables, ignore_index=True)[columns()]

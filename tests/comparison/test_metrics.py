@@ -1,20 +1,17 @@
 """Surface metrics against what a ball and a box must give, and against DeepMind's surface-distance."""
 
-import json
 import math
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import surface_distance
-from nnunetv2.evaluation import evaluate_predictions
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_deform.comparison.metrics import METRICS, score_folder, surface_scores
+from nnunet_deform.comparison.metrics import METRICS, Structure
+
+
+def surface_scores(truth, prediction, spacing, tolerance) -> tuple[float, float]:
+    structure = Structure(truth, prediction, spacing, tolerance)
+    return METRICS["NSD"].of(structure), METRICS["HD95"].of(structure)
 
 
 def _box(shape, low, high) -> np.ndarray:
@@ -111,56 +108,20 @@ def test_empty_structures():
     empty, full = np.zeros((3, 4, 5), dtype=bool), np.ones((3, 4, 5), dtype=bool)
     assert np.isnan(surface_scores(empty, empty, (1, 1, 1), 1)).all()
     diagonal = math.sqrt(6**2 + 4**2 + 2.5**2)
+    assert np.isnan(METRICS["Dice"].of(Structure(empty, empty, (1, 1, 1), 1)))
     for pair in ((empty, full), (full, empty)):
         assert surface_scores(*pair, (2, 1, 0.5), 1) == (0, pytest.approx(diagonal))
+        assert METRICS["Dice"].of(Structure(*pair, (2, 1, 0.5), 1)) == 0
 
 
-def test_a_folder_with_regions_and_ignore_label(tmp_path, monkeypatch):
-    # nnU-Net's process would import torch for seconds.
-    threads = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
-    monkeypatch.setattr(evaluate_predictions, "multiprocessing", threads)
-    rng = np.random.default_rng(0)
-    for name in ("truth", "predicted"):
-        (tmp_path / name).mkdir()
-    arrays = {}
-    for case in ("a_1", "a_2"):
-        truth = rng.integers(0, 3, (6, 8, 10)).astype(np.uint8)
-        truth[:, :, :2] = 9
-        predicted = np.where(rng.uniform(size=truth.shape) < 0.8, np.where(truth == 9, 1, truth), 0).astype(np.uint8)
-        arrays[case] = truth, predicted
-        for folder, array in (("truth", truth), ("predicted", predicted)):
-            image = sitk.GetImageFromArray(array)
-            image.SetSpacing((0.5, 1.0, 3.0))
-            sitk.WriteImage(image, tmp_path / folder / f"{case}.nii.gz")
-    summary = tmp_path / "predicted" / "summary.json"
-    regions = [1, (1, 2)]
-    arguments = (tmp_path / "truth", tmp_path / "predicted", summary, SimpleITKIO(), ".nii.gz", regions, 9, 1)
-    compute_metrics_on_folder(*(str(a) if hasattr(a, "parent") else a for a in arguments))
-    moved = tmp_path / "moved"
-    (tmp_path / "predicted").rename(moved)
-    table = score_folder(
-        moved / "summary.json",
-        reader=SimpleITKIO(),
-        file_ending=".nii.gz",
-        tolerances={1: 1.0, (1, 2): 2.0},
-        ignore_label=9,
-    )
-    assert list(table["case"]) == ["a_1", "a_1", "a_2", "a_2"]
-    assert sorted(map(str, table["label"])) == ["(1, 2)", "(1, 2)", "1", "1"]
-    entries = json.loads((moved / "summary.json").read_text())["metric_per_case"]
-    dice = {Path(e["prediction_file"]).name: {k: m["Dice"] for k, m in e["metrics"].items()} for e in entries}
-    for row in table.itertuples():
-        truth, predicted = arrays[row.case]
-        assert row.Dice == dice[f"{row.case}.nii.gz"][str(row.label)]
-        labels, tolerance = ([1], 1.0) if row.label == 1 else ([1, 2], 2.0)
-        masks = [np.isin(array, labels) & (truth != 9) for array in (truth, predicted)]
-        assert surface_scores(*masks, (3.0, 1.0, 0.5), tolerance) == (row.NSD, row.HD95)
-        assert (row.voxels_truth, row.voxels_prediction) == tuple(mask.sum() for mask in masks)
+def test_the_worst_distance_in_two_dimensions_leaves_the_third_out():
+    empty, full = np.zeros((1, 3, 4), dtype=bool), np.ones((1, 3, 4), dtype=bool)
+    assert surface_scores(full, empty, (999.0, 1.0, 1.0), 1) == (0, 5)
 
 
-def test_the_metrics_know_their_direction():
-    assert {m.name: (m.higher_is_better, m.perfect) for m in METRICS.values()} == {
-        "Dice": (True, 1),
-        "NSD": (True, 1),
-        "HD95": (False, 0),
-    }
+def test_the_registry():
+    entries = {m.name: (m.higher_is_better, m.perfect, m.unit, m.band) for m in METRICS.values()}
+    assert entries == {"Dice": (True, 1, "", 0.005), "NSD": (True, 1, "", 0.005), "HD95": (False, 0, "mm", 0.1)}
+    assert list(METRICS) == list(entries)
+    for name, metric in METRICS.items():
+        assert metric.about.startswith(f"{name}: ")

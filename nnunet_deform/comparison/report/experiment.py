@@ -15,6 +15,7 @@ from nnunet_deform.comparison.cost import Cost, read_cost
 from nnunet_deform.comparison.declaration import declaration, differences, digest, read_declaration
 from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import read_json
+from nnunet_deform.comparison.metrics import METRICS
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset
 from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReportContent, Volumes
 from nnunet_deform.comparison.report.figures import read_curve
@@ -45,7 +46,7 @@ def experiment_content(experiment: Experiment, folders: Folders, file: Path) -> 
         hypotheses=experiment.hypotheses,
         primary=experiment.primary,
         alpha=experiment.statistics.alpha,
-        bands={experiment.primary: experiment.statistics.band},
+        bands={name: experiment.band(name) for name in METRICS},
         draws=experiment.statistics.draws,
         analysis=analysis,
         cases=collected.cases,

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from nnunet_deform import __version__
 from nnunet_deform.comparison.analysis import Hypothesis
+from nnunet_deform.comparison.metrics import METRICS
 from nnunet_deform.comparison.report.cautions import cautions
 from nnunet_deform.comparison.report.content import ReportContent
 from nnunet_deform.comparison.report.sections import dataset_section
@@ -32,6 +33,7 @@ def render(content: ReportContent) -> str:
         cautions=cautions(content),
         hypotheses=[(h, hypothesis_cells(h), sentence(h, band)) for h in content.analysis.hypotheses],
         operator_cautions=[_operator_caution(content, h) for h in content.analysis.hypotheses],
+        metrics=list(METRICS.values()),
         p_value=p_value,
         datasets=[dataset_section(content, dataset, n) for n, dataset in enumerate(content.analysis.datasets)],
         packages=", ".join(f"{name} {version(name)}" for name in ("monai", "scipy", "numpy", "pandas")),
