@@ -1,4 +1,4 @@
-"""All statistics of an experiment, from the tidy table of scores."""
+"""All statistics of a comparison, from the tidy table of scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from nnunet_deform.comparison.design import Design
 from nnunet_deform.comparison.evidence import estimate
-from nnunet_deform.comparison.experiment import Experiment
 from nnunet_deform.comparison.metrics import METRICS, Metric
 from nnunet_deform.comparison.ranking import Ranking, beaten_ranks, bootstrap_ranking
 from nnunet_deform.comparison.scores import Scores
@@ -75,7 +75,7 @@ class MetricAnalysis:
 
 @dataclass(frozen=True)
 class DatasetAnalysis:
-    """arms: those with a training of every fold, in the experiment's order; incomplete: why the others are left out of
+    """arms: those with a training of every fold, in the design's order; incomplete: why the others are left out of
     all but the hypotheses; cases, patients: of the columns of every ``scores``; trainings: how many each arm has;
     absent: cells of case and class that are absent from the truth; drawn: how many of them a training of each arm draws
     on average; failed: arms that hardly learned beside the best of each class, and their mean Dice there."""
@@ -120,28 +120,28 @@ class Analysis:
     hypotheses: tuple[Hypothesis, ...]
 
 
-def analyse(experiment: Experiment, cases: pd.DataFrame, missing: Mapping[Training, str]) -> Analysis:
+def analyse(design: Design, cases: pd.DataFrame, missing: Mapping[Training, str]) -> Analysis:
     """
     Args:
-        cases: the collected out-of-fold table.
-        missing: why trainings of the experiment have no scores.
+        cases: out-of-fold scores, with :func:`collect.columns`.
+        missing: why trainings of the design have no scores.
     """
     keys = list(dict.fromkeys(zip(cases["dataset"], cases["configuration"], strict=True)))
     keys += [key for key in dict.fromkeys((t.dataset, t.configuration) for t in missing) if key not in keys]
-    family = len(experiment.hypotheses) * max(1, len(keys))
+    family = len(design.hypotheses) * max(1, len(keys))
     datasets, hypotheses = [], []
     for dataset, configuration in keys:
         table = cases[(cases["dataset"] == dataset) & (cases["configuration"] == configuration)]
         lacking = {t: why for t, why in missing.items() if (t.dataset, t.configuration) == (dataset, configuration)}
-        datasets.append(_analyse_dataset(experiment, dataset, configuration, table, lacking))
-        for first, second in experiment.hypotheses:
-            contrast, verdict = _decide(experiment, first, second, table, lacking, family)
+        datasets.append(_analyse_dataset(design, dataset, configuration, table, lacking))
+        for first, second in design.hypotheses:
+            contrast, verdict = _decide(design, first, second, table, lacking, family)
             hypotheses.append(Hypothesis(dataset, configuration, first, second, contrast, verdict))
     return Analysis(tuple(datasets), tuple(hypotheses))
 
 
 def _decide(
-    experiment: Experiment,
+    design: Design,
     first: str,
     second: str,
     table: pd.DataFrame,
@@ -150,9 +150,9 @@ def _decide(
 ) -> tuple[Contrast | None, Verdict]:
     """Of a declared pair, from the scores of its two arms alone."""
     scores = Scores(table[table["arm"].isin((first, second))], (first, second))
-    metric = METRICS[experiment.primary]
+    metric = METRICS[design.primary]
     lacking = {t: why for t, why in missing.items() if t.arm in (first, second)}
-    alike = experiment.paired_starts(first, second)
+    alike = design.starts_alike(first, second)
     contrast = None
     if len(scores.table):
         values = scores.of_cases(metric.name)[..., :1]
@@ -165,9 +165,9 @@ def _decide(
                 metric=metric.name,
                 cases=_common_cases(scores, first, second, alike),
                 paired_starts=alike,
-                alpha=experiment.statistics.alpha,
+                alpha=design.alpha,
                 family=family,
-                band=experiment.band(metric.name),
+                band=design.bands[metric.name],
             )
     trained = set(scores.table["arm"])
     crashed = {
@@ -202,7 +202,7 @@ def _present_dice(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def _analyse_dataset(
-    experiment: Experiment,
+    design: Design,
     dataset: str,
     configuration: str,
     table: pd.DataFrame,
@@ -210,12 +210,12 @@ def _analyse_dataset(
 ) -> DatasetAnalysis:
     folds = table.drop_duplicates(["arm", "fold"]).groupby("arm")["fold"].agg(set)
     incomplete = {}
-    for arm in (arm.name for arm in experiment.arms):
-        lacking = [fold for fold in experiment.folds if fold not in folds.get(arm, ())]
+    for arm in design.arms:
+        lacking = [fold for fold in design.folds if fold not in folds.get(arm, ())]
         if lacking:
             whys = {t.fold: why for t, why in missing.items() if t.arm == arm and t.fold in lacking}
             incomplete[arm] = "; ".join(f"fold {fold} {whys.get(fold, 'has no scores')}" for fold in lacking)
-    arms = tuple(arm.name for arm in experiment.arms if arm.name not in incomplete)
+    arms = tuple(arm for arm in design.arms if arm not in incomplete)
     scores = Scores(table[table["arm"].isin(arms)], arms)
     first_class = scores.table.drop_duplicates(["arm", "fold", "seed"])
     absent = scores.table[scores.table["voxels_truth"] == 0]
@@ -235,7 +235,7 @@ def _analyse_dataset(
     )
     if not arms:
         return analysis
-    metrics = {name: _analyse_metric(experiment, metric, scores, analysis.failed) for name, metric in METRICS.items()}
+    metrics = {name: _analyse_metric(design, metric, scores, analysis.failed) for name, metric in METRICS.items()}
     return replace(analysis, metrics=metrics)
 
 
@@ -245,18 +245,15 @@ def _drawn(absent: pd.DataFrame) -> float:
     return float(drawn.groupby("fold").mean().sum())
 
 
-def _analyse_metric(
-    experiment: Experiment, metric: Metric, scores: Scores, failed: Mapping[str, object]
-) -> MetricAnalysis:
-    settings = experiment.statistics
+def _analyse_metric(design: Design, metric: Metric, scores: Scores, failed: Mapping[str, object]) -> MetricAnalysis:
     arms, labels = scores.arms, scores.labels
     values = scores.of_cases(metric.name)
     of_arms = [estimate(scores.of_arm(values, arm)) for arm in arms]
-    intervals = [result.interval(settings.alpha) for result in of_arms]
+    intervals = [result.interval(design.alpha) for result in of_arms]
     pairs = list(itertools.combinations(arms, 2))
     by_question = []
     for pair in pairs:
-        alike = experiment.paired_starts(*pair)
+        alike = design.starts_alike(*pair)
         by_question.append(
             contrasts(
                 *scores.of_pair(values, *pair, alike),
@@ -264,8 +261,8 @@ def _analyse_metric(
                 metric=metric.name,
                 cases=len(scores.cases),
                 paired_starts=alike,
-                alpha=settings.alpha,
-                band=experiment.band(metric.name),
+                alpha=design.alpha,
+                band=design.bands[metric.name],
             )
         )
     overall = tuple(questions[0] for questions in by_question)
@@ -275,7 +272,7 @@ def _analyse_metric(
     p_holm = holm([contrast.p for contrast in overall])
     return MetricAnalysis(
         metric=metric,
-        band=experiment.band(metric.name),
+        band=design.bands[metric.name],
         scores=of_cases,
         by_class=np.array([result.mean[1:] for result in of_arms]),
         means=np.array([result.mean[0] for result in of_arms]),
@@ -286,40 +283,37 @@ def _analyse_metric(
         by_class_contrasts={
             label: tuple(questions[1 + number] for questions in by_question) for number, label in enumerate(labels)
         },
-        noise=_seed_noise(experiment, arms, seed_means, failed),
+        noise=_seed_noise(design, arms, seed_means, failed),
         seed_means=seed_means,
-        ranking=_rank(experiment, metric, scores, values, overall) if pairs else None,
+        ranking=_rank(design, metric, scores, values, overall) if pairs else None,
     )
 
 
-def _rank(
-    experiment: Experiment, metric: Metric, scores: Scores, values: np.ndarray, overall: Sequence[Contrast]
-) -> Ranking:
+def _rank(design: Design, metric: Metric, scores: Scores, values: np.ndarray, overall: Sequence[Contrast]) -> Ranking:
     of_patients = np.stack(
         [np.concatenate([fold[0].mean(axis=1) for fold in scores.of_arm(values, arm)]) for arm in scores.arms], axis=1
     )
     # The same random numbers for every dataset and metric, so that adding one changes no other's figures.
-    rng = np.random.default_rng(experiment.statistics.seed)
-    draws = bootstrap_means(of_patients, experiment.statistics.draws, rng)
+    rng = np.random.default_rng(design.bootstrap_seed)
+    draws = bootstrap_means(of_patients, design.draws, rng)
     sign = 1 if metric.higher_is_better else -1
     tested = beaten_ranks(
         sign * np.array([c.mean for c in overall]),
         np.array([1.0 if c.ranks_contradict else c.p for c in overall]),
-        experiment.statistics.alpha,
+        design.alpha,
     )
     return bootstrap_ranking(sign * of_patients.mean(axis=0), sign * draws, tested)
 
 
 def _seed_noise(
-    experiment: Experiment, arms: Sequence[str], seed_means: pd.DataFrame, failed: Mapping[str, object]
+    design: Design, arms: Sequence[str], seed_means: pd.DataFrame, failed: Mapping[str, object]
 ) -> SeedNoise:
     """Arms that hardly learned are left out: their distance to the others would pass for that of methods."""
-    seeds = [experiment.seeds.first, *experiment.seeds.repeats]
     learned = [arm for arm in arms if arm not in failed]
-    cube = np.full((len(experiment.folds), len(learned), len(seeds)), np.nan)
+    cube = np.full((len(design.folds), len(learned), len(design.seeds)), np.nan)
     for arm, fold, seed, value in seed_means.itertuples(index=False):
         if arm in learned:
-            cube[experiment.folds.index(fold), learned.index(arm), seeds.index(seed)] = value
+            cube[design.folds.index(fold), learned.index(arm), design.seeds.index(seed)] = value
     return seed_noise(cube)
 
 

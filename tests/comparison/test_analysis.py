@@ -10,6 +10,7 @@ import pytest
 from synthetic import CONFIGURATION, DATASET, make_experiment, make_scores
 
 from nnunet_deform.comparison.analysis import analyse, few_trainings
+from nnunet_deform.comparison.design import design_of
 from nnunet_deform.comparison.report.words import sentence, summary
 from nnunet_deform.comparison.trainings import Training
 from nnunet_deform.comparison.verdicts import Kind, Reason
@@ -24,7 +25,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def with_effect(experiment):
-    return analyse(experiment, make_scores(experiment, {"New": 0.03}), {})
+    return analyse(design_of(experiment), make_scores(experiment, {"New": 0.03}), {})
 
 
 def _missing(arm: str, seed: int = 1, folds: range = range(5), why: str = "not started") -> dict[Training, str]:
@@ -63,14 +64,14 @@ def test_every_training_enters(experiment):
     """Only the first seed entered the test: what the others scored changed nothing but a margin."""
     table = make_scores(experiment, {})
     worse = table.assign(Dice=table["Dice"].mask((table["arm"] == "New") & (table["seed"] == 3), table["Dice"] - 0.3))
-    before, after = (analyse(experiment, t, {}).hypotheses[0].contrast for t in (table, worse))
+    before, after = (analyse(design_of(experiment), t, {}).hypotheses[0].contrast for t in (table, worse))
     assert after.mean == pytest.approx(before.mean - 0.1)
     assert after.trainings_share > 0.8 > before.trainings_share
 
 
 def test_figures_are_what_plain_code_gives(experiment):
     table = make_scores(experiment, {"New": 0.01}, seed=3)
-    (dataset,) = analyse(experiment, table, {}).datasets
+    (dataset,) = analyse(design_of(experiment), table, {}).datasets
     dice = dataset.metrics["Dice"]
     np.testing.assert_allclose(
         dice.by_class, table.pivot_table("Dice", "arm", "label").loc[list(ARMS), ["front", "back"]]
@@ -97,11 +98,12 @@ def test_arms_in_no_hypothesis_change_no_verdict_to_the_bit():
     many = make_experiment([*ARMS, "X", "Y", "Z"], hypotheses=[["New", "Old"], ["New", "Third"]])
     few = make_experiment(ARMS, hypotheses=[["New", "Old"], ["New", "Third"]])
     table = make_scores(many, {"X": -0.5, "Y": 0.1}, seed_sd=0.004)
-    assert analyse(many, table, {}).hypotheses == analyse(few, table[table["arm"].isin(ARMS)], {}).hypotheses
+    alone = analyse(design_of(few), table[table["arm"].isin(ARMS)], {}).hypotheses
+    assert analyse(design_of(many), table, {}).hypotheses == alone
     # nor in which order arms and rows stand
     turned = make_experiment(["Z", "Third", "Old", "New"], hypotheses=[["New", "Old"], ["New", "Third"]])
     shuffled = table[table["arm"].isin(("Z", *ARMS))].sample(frac=1, random_state=1)
-    assert analyse(turned, shuffled, {}).hypotheses == analyse(few, table[table["arm"].isin(ARMS)], {}).hypotheses
+    assert analyse(design_of(turned), shuffled, {}).hypotheses == alone
 
 
 def test_networks_that_start_alike_are_compared_seed_by_seed():
@@ -114,20 +116,20 @@ def test_networks_that_start_alike_are_compared_seed_by_seed():
     table = make_scores(experiment, {}, seed_sd=0.0)
     shared = {seed: shift for seed, shift in zip((1, 2, 3), (-0.03, 0.0, 0.03), strict=True)}
     moved = table.assign(Dice=table["Dice"] + table["seed"].map(shared))
-    alike, unlike = (h.contrast for h in analyse(experiment, moved, {}).hypotheses)
+    alike, unlike = (h.contrast for h in analyse(design_of(experiment), moved, {}).hypotheses)
     assert (alike.paired_starts, unlike.paired_starts) == (True, False)
     assert (alike.training_freedoms, unlike.training_freedoms) == ((10,), (10, 10))
     assert alike.se < 0.6 * unlike.se
     # seeds that only one of them has are of no use to such a pair
     fewer = moved[(moved["arm"] != "off") | (moved["seed"] != 3) | (moved["fold"] > 1)]
-    alike = analyse(experiment, fewer, {}).hypotheses[0].contrast
+    alike = analyse(design_of(experiment), fewer, {}).hypotheses[0].contrast
     assert alike.training_freedoms == (8,)
 
 
 def test_folds_that_only_one_arm_has_are_left_out(experiment):
     table = make_scores(experiment, {})
     table = table[(table["arm"] != "Old") | (table["fold"] < 3)]
-    analysis = analyse(experiment, table, _missing("Old", folds=range(3, 5)))
+    analysis = analyse(design_of(experiment), table, _missing("Old", folds=range(3, 5)))
     hypothesis = analysis.hypotheses[0]
     assert (hypothesis.contrast.folds, hypothesis.contrast.patients, hypothesis.contrast.cases) == (3, 36, 72)
     assert hypothesis.verdict.kind is Kind.UNDECIDED
@@ -140,7 +142,7 @@ def test_folds_that_only_one_arm_has_are_left_out(experiment):
 
 def test_missing_seeds_leave_a_pair_undecided(experiment):
     table = make_scores(experiment, {"New": 0.03})
-    analysis = analyse(experiment, table[(table["seed"] == 1) | (table["arm"] == "New")], {})
+    analysis = analyse(design_of(experiment), table[(table["seed"] == 1) | (table["arm"] == "New")], {})
     for hypothesis in analysis.hypotheses:
         assert hypothesis.verdict.kind is Kind.UNDECIDED
         assert hypothesis.verdict.further_trainings == {hypothesis.second: 6}
@@ -155,8 +157,8 @@ def test_an_arm_that_hardly_learned_is_not_compared(experiment):
     """ "stock is better than LightMedSeg" it was, "which says nothing about networks" in the same sentence."""
     table = make_scores(experiment, {"New": 0.005}, seed_sd=0.01)
     hardly = (table["arm"] == "Third") & (table["label"] == "back")
-    (before,) = analyse(experiment, table[table["arm"] != "Third"], _missing("Third")).datasets
-    analysis = analyse(experiment, table.assign(Dice=table["Dice"].mask(hardly, table["Dice"] / 10.5)), {})
+    (before,) = analyse(design_of(experiment), table[table["arm"] != "Third"], _missing("Third")).datasets
+    analysis = analyse(design_of(experiment), table.assign(Dice=table["Dice"].mask(hardly, table["Dice"] / 10.5)), {})
     (after,) = analysis.datasets
     assert after.failed == {"Third": {"back": pytest.approx(0.8 / 10.5, abs=0.003)}}
     assert before.failed == {}
@@ -166,7 +168,7 @@ def test_an_arm_that_hardly_learned_is_not_compared(experiment):
     assert (verdicts[1].kind, verdicts[1].winner, set(verdicts[1].arms)) == (Kind.NOT_COMPARABLE, None, {"Third"})
     assert "are not comparable: Third reaches a mean Dice of 0.07" in sentence(analysis.hypotheses[1], 0.005)
     assert summary(analysis).endswith("hardly learned: 1 of 2 declared comparisons.")
-    just_enough = analyse(experiment, table.assign(Dice=table["Dice"].mask(hardly, table["Dice"] / 9.5)), {})
+    just_enough = analyse(design_of(experiment), table.assign(Dice=table["Dice"].mask(hardly, table["Dice"] / 9.5)), {})
     assert just_enough.datasets[0].failed == {}
     assert just_enough.hypotheses[1].verdict.winner == "New"
 
@@ -174,7 +176,7 @@ def test_an_arm_that_hardly_learned_is_not_compared(experiment):
 def test_an_arm_that_crashed_is_not_compared(experiment):
     table = make_scores(experiment, {"New": 0.03})
     missing = _missing("Third", why="failed: out of memory")
-    analysis = analyse(experiment, table[table["arm"] != "Third"], missing)
+    analysis = analyse(design_of(experiment), table[table["arm"] != "Third"], missing)
     decided, failed = analysis.hypotheses
     assert decided.verdict.winner == "New"
     # the family is as large as declared
@@ -186,7 +188,7 @@ def test_an_arm_that_crashed_is_not_compared(experiment):
 
 def test_nothing_at_all(experiment):
     table = make_scores(experiment, {}).iloc[:0]
-    analysis = analyse(experiment, table, {t: w for arm in ARMS for t, w in _missing(arm).items()})
+    analysis = analyse(design_of(experiment), table, {t: w for arm in ARMS for t, w in _missing(arm).items()})
     assert [hypothesis.verdict.kind for hypothesis in analysis.hypotheses] == [Kind.UNDECIDED] * 2
     assert analysis.datasets[0].arms == ()
 
@@ -194,7 +196,9 @@ def test_nothing_at_all(experiment):
 def test_nothing_names_a_winner_where_there_is_no_difference(experiment):
     rejected = 0
     for seed in range(12):
-        analysis = analyse(experiment, make_scores(experiment, {}, patients=30, seed_sd=0.004, seed=seed), {})
+        analysis = analyse(
+            design_of(experiment), make_scores(experiment, {}, patients=30, seed_sd=0.004, seed=seed), {}
+        )
         rejected += any(h.verdict.kind is Kind.BETTER for h in analysis.hypotheses)
         assert all(h.verdict.winner is None for h in analysis.hypotheses if h.verdict.kind is not Kind.BETTER)
     assert rejected <= 1
@@ -209,7 +213,7 @@ def test_means_and_differences_follow_one_rule_where_a_structure_is_absent(exper
     table.loc[absent, "voxels_truth"] = 0
     table.loc[absent & ~drawn, [*columns, "voxels_prediction"]] = [np.nan, np.nan, np.nan, 0]
     table.loc[drawn, columns] = [0.0, 0.0, 90.0]
-    analysis = analyse(experiment, table, {})
+    analysis = analyse(design_of(experiment), table, {})
     (dataset,) = analysis.datasets
     assert dataset.absent == 50
     assert dataset.drawn == {"New": 0, "Old": 10, "Third": 0}
@@ -226,7 +230,7 @@ def test_means_and_differences_follow_one_rule_where_a_structure_is_absent(exper
     assert dataset.metrics["HD95"].contrast("New", "Old").mean == pytest.approx(-10 * 90 / 120, abs=0.5)
     np.testing.assert_allclose(dice.case_differences("New", "Old").mean(), dice.contrast("New", "Old").mean, atol=1e-12)
     # and no other arm changes what it is
-    without = analyse(experiment, table[table["arm"] != "Third"], _missing("Third")).datasets[0]
+    without = analyse(design_of(experiment), table[table["arm"] != "Third"], _missing("Third")).datasets[0]
     assert repr(without.metrics["Dice"].contrast("New", "Old")) == repr(dice.contrast("New", "Old"))
 
 
@@ -234,7 +238,7 @@ def test_patients_with_many_cases_count_once(experiment):
     table = make_scores(experiment, {})
     one_case = table[table["case"].str.endswith("_0")]
     copies = pd.concat([one_case.assign(case=one_case["case"] + f"x{n}") for n in range(3)])
-    first, second = (analyse(experiment, t, {}).hypotheses[0].contrast for t in (one_case, copies))
+    first, second = (analyse(design_of(experiment), t, {}).hypotheses[0].contrast for t in (one_case, copies))
     assert (second.cases, second.patients) == (180, 60)
     assert second.p == pytest.approx(first.p, rel=1e-9)
 
@@ -245,12 +249,13 @@ from pathlib import Path
 sys.path.insert(0, {folder!r})
 from synthetic import make_experiment, make_scores
 from nnunet_deform.comparison.analysis import analyse
+from nnunet_deform.comparison.design import design_of
 arms = [f"A{{i}}" for i in range(8)]
 experiment = make_experiment(arms, hypotheses=[[arms[0], other] for other in arms[1:7]])
 table = make_scores(experiment, {{"A0": 0.01}}, patients=2500, per_patient=1, labels=list("abcde"))
 import time, resource
 started = time.perf_counter()
-analysis = analyse(experiment, table, {{}})
+analysis = analyse(design_of(experiment), table, {{}})
 assert len(analysis.datasets[0].cases) == 2500
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """

@@ -10,6 +10,7 @@ from synthetic import make_experiment, make_scores
 
 from nnunet_deform.comparison.analysis import analyse
 from nnunet_deform.comparison.cost import Cost
+from nnunet_deform.comparison.design import design_of
 from nnunet_deform.comparison.report import figures
 
 ARMS = ("New", "Old", "Third")
@@ -18,7 +19,7 @@ ARMS = ("New", "Old", "Third")
 @pytest.fixture(scope="module")
 def dataset():
     experiment = make_experiment(ARMS, statistics={"draws": 1000})
-    return analyse(experiment, make_scores(experiment, {"New": 0.02}, patients=20), {}).datasets[0]
+    return analyse(design_of(experiment), make_scores(experiment, {"New": 0.02}, patients=20), {}).datasets[0]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from nnunet_deform.comparison.analysis import DatasetAnalysis, analyse
 from nnunet_deform.comparison.collect import Collected, collect, test_commands
 from nnunet_deform.comparison.cost import Cost, read_cost
 from nnunet_deform.comparison.declaration import declaration, differences, digest, read_declaration
+from nnunet_deform.comparison.design import design_of
 from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import read_json
-from nnunet_deform.comparison.metrics import METRICS
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset
 from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReportContent, Volumes
 from nnunet_deform.comparison.report.figures import read_curve
@@ -35,19 +35,20 @@ def experiment_content(experiment: Experiment, folders: Folders, file: Path) -> 
         PreparationError, SplitError, TrainingError, CollectionError: see there.
     """
     collected = collect(experiment, folders, file.resolve())
-    analysis = analyse(experiment, collected.cases, collected.missing)
+    design = design_of(experiment)
+    analysis = analyse(design, collected.cases, collected.missing)
     trainings = list_trainings(experiment, folders)
     records = {training: read_record(training, folders) for training in trainings}
     histories = operators.read_histories(trainings, folders.results)
     workers = experiment.resources.augmentation
     return ReportContent(
         name=experiment.name,
-        arms=tuple(arm.name for arm in experiment.arms),
-        hypotheses=experiment.hypotheses,
-        primary=experiment.primary,
-        alpha=experiment.statistics.alpha,
-        bands={name: experiment.band(name) for name in METRICS},
-        draws=experiment.statistics.draws,
+        arms=design.arms,
+        hypotheses=design.hypotheses,
+        primary=design.primary,
+        alpha=design.alpha,
+        bands=design.bands,
+        draws=design.draws,
         analysis=analysis,
         cases=collected.cases,
         test=collected.test,
