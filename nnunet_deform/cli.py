@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import platform
 import shlex
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -350,6 +352,89 @@ def export(
     print(f"Wrote {output}: patch {metadata['patch_size']}, spacing {metadata['spacing']}, opset 18.")
 
 
+_Processes = Annotated[
+    int | None,
+    typer.Option("-np", "--processes", help="That score cases side by side. Default: nnU-Net's, at most one a core."),
+]
+_Tolerance = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tolerance",
+        help="Of NSD: one number of mm, or CLASS=MM for each class. Default: the smallest voxel side of the median "
+        "spacing.",
+    ),
+]
+_DatasetJson = Annotated[
+    Path | None,
+    typer.Option(
+        "--dataset-json", help="Which classes, regions and ignore label there are. Default: the one beside the files."
+    ),
+]
+
+
+def _processes(stated: int | None) -> int:
+    if stated is not None:
+        return stated
+    from nnunetv2.configuration import default_num_processes
+
+    return min(default_num_processes, os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def _scoring_progress(total: int | None) -> Iterator[Callable[[], None]]:
+    """What is to be called after each case."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*parts, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("scoring", total=total)
+        yield lambda: progress.advance(task)
+
+
+@app.command()
+def score(
+    predictions: Annotated[Path, typer.Argument(help="A folder of predicted segmentations.", show_default=False)],
+    labels: Annotated[Path, typer.Argument(help="The folder with the true ones, of the same names.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The CSV file to write.")],
+    dataset_json: _DatasetJson = None,
+    tolerance: _Tolerance = None,
+    processes: _Processes = None,
+) -> None:
+    """Score a folder of predictions case by case: Dice as nnU-Net's, surface Dice (NSD) and HD95."""
+    with _comparison_errors("nothing was written"):
+        from nnunet_deform.comparison.files import write_text
+        from nnunet_deform.comparison.metrics import METRICS
+        from nnunet_deform.comparison.scoring import score_folder, some
+
+        if not output.parent.is_dir():
+            raise _fail(f"there is no folder {output.parent} to write {output.name} into.")
+        with _scoring_progress(None) as advance:
+            scored = score_folder(
+                predictions,
+                labels,
+                dataset_json=dataset_json,
+                tolerance=tolerance or (),
+                processes=_processes(processes),
+                on_case=advance,
+            )
+        write_text(output, scored.table.to_csv(index=False))
+    console = Console(soft_wrap=True, highlight=False)
+    means = scored.table.fillna({name: metric.perfect for name, metric in METRICS.items()}).groupby("label", sort=False)
+    heads = [f"{name} ({metric.unit})" if metric.unit else name for name, metric in METRICS.items()]
+    rows = Table("class", *heads, "NSD's tolerance (mm)")
+    for name, row in means[list(METRICS)].mean().iterrows():
+        values = [f"{row[metric.name]:.{metric.decimals}f}" for metric in METRICS.values()]
+        rows.add_row(escape(str(name)), *values, f"{scored.tolerances[name]:g}")
+    console.print(rows)
+    neither = int(scored.table["Dice"].isna().sum())
+    if neither:
+        print(f"{neither} structures are in neither labels nor prediction: empty in the file, perfect in these means.")
+    if scored.unpredicted:
+        names = some(scored.unpredicted)
+        console.print(f"[bold yellow]Note:[/bold yellow] labels without a prediction, left out: {escape(names)}.")
+    print(f"Wrote {output}: {scored.table['case'].nunique()} cases.")
+
+
 compare = typer.Typer(
     help="Compare networks rigorously: one experiment file, every arm, paired statistics, a report. Needs the extra "
     "[bold]compare[/bold].",
@@ -368,7 +453,7 @@ _AcceptVersions = Annotated[
 
 
 @contextlib.contextmanager
-def _comparison_errors() -> Iterator[None]:
+def _comparison_errors(interrupted: str = "the same command goes on where it stopped") -> Iterator[None]:
     """One clear message and exit code 1 for what a user can mend."""
     try:
         activation.check_nnunetv2()
@@ -381,18 +466,21 @@ def _comparison_errors() -> Iterator[None]:
         from nnunet_deform.comparison.collect import CollectionError
         from nnunet_deform.comparison.experiment import ExperimentError
         from nnunet_deform.comparison.prepare import PreparationError
+        from nnunet_deform.comparison.results import ResultsError
         from nnunet_deform.comparison.run import RunError
+        from nnunet_deform.comparison.scoring import ScoringError
         from nnunet_deform.comparison.splits import SplitError
         from nnunet_deform.comparison.trainings import TrainingError
     except activation.ActivationError as error:
         raise _fail(str(error)) from None
-    known = (CommandError, CollectionError, ExperimentError, PreparationError, RunError, SplitError, TrainingError)
+    known = (CommandError, CollectionError, ExperimentError, PreparationError, ResultsError, RunError, ScoringError)
+    known += (SplitError, TrainingError)
     try:
         yield
     except known as error:
         raise _fail(str(error)) from None
     except KeyboardInterrupt:
-        raise _fail("interrupted; the same command goes on where it stopped.") from None
+        raise _fail(f"interrupted; {interrupted}.") from None
 
 
 @contextlib.contextmanager
@@ -507,4 +595,80 @@ def compare_report(file: _ExperimentFile) -> None:
         from nnunet_deform.comparison.report import build_report
 
         page = build_report(file)
+    print(f"Report: {page}")
+
+
+@compare.command("results")
+def compare_results(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Model folders of nnU-Net, or folders of predictions with --labels. The first is the baseline of the "
+            "others.",
+            show_default=False,
+        ),
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Option("-d", "--dataset", help="Number or name: models may then be given by name, without their path."),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels",
+            help="The folder of true segmentations. Default for models: gt_segmentations of nnUNet_preprocessed, or "
+            "labelsTr of nnUNet_raw.",
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", help="Of each folder, in order; folders of one name are trainings of one arm."),
+    ] = None,
+    fold: Annotated[
+        list[int] | None, typer.Option("-f", "--fold", help="Once for each. Default: all that every arm has.")
+    ] = None,
+    patients: Annotated[
+        Path | None, typer.Option("--patients", help='CSV ("case,patient") or JSON. Default: each case a patient.')
+    ] = None,
+    primary: Annotated[str, typer.Option("--primary", help="The metric that is decided on.")] = "Dice",
+    band: Annotated[
+        float | None,
+        typer.Option("--band", help="Differences within +-band of it count as equal. Default: the metric's."),
+    ] = None,
+    tolerance: _Tolerance = None,
+    dataset_json: _DatasetJson = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write; it must not exist.")] = Path(
+        "comparison"
+    ),
+    processes: _Processes = None,
+) -> None:
+    """Compare results that are there already, with the same statistics and report. No experiment file needed."""
+    with _comparison_errors("nothing was written"):
+        from nnunet_deform.commands import Interrupts
+        from nnunet_deform.comparison.report import build_results_report
+        from nnunet_deform.comparison.results import find_results, score_results
+
+        if output.exists():
+            raise _fail(f"{output} exists; give another folder with -o.")
+        if not output.resolve().parent.is_dir():
+            raise _fail(f"there is no folder {output.resolve().parent} to write {output.name} into.")
+        with Interrupts():
+            workers = _processes(processes)
+            results = find_results(
+                folders,
+                dataset=dataset,
+                labels=labels,
+                dataset_json=dataset_json,
+                names=name or (),
+                folds=fold or (),
+                patients=patients,
+                primary=primary,
+                band=band,
+                tolerance=tolerance or (),
+                processes=workers,
+            )
+            with _scoring_progress(sum(map(len, results.files.values()))) as advance:
+                table = score_results(results, processes=workers, on_case=advance)
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            page = build_results_report(output, results, table, command)
     print(f"Report: {page}")

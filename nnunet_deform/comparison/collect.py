@@ -15,7 +15,7 @@ from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import fingerprint, read_json, write_json, write_table
 from nnunet_deform.comparison.metrics import METRICS
 from nnunet_deform.comparison.prepare import DatasetFolders, check_tolerances, find_dataset, patients_of
-from nnunet_deform.comparison.scoring import score_columns, score_files, summarised_files
+from nnunet_deform.comparison.scoring import Classes, score_columns, score_files, summarised_files
 from nnunet_deform.comparison.splits import check_splits, read_splits
 from nnunet_deform.comparison.trainings import Training, is_done, list_trainings, read_record
 
@@ -113,15 +113,13 @@ def _score(experiment: Experiment, training: Training, found: DatasetFolders, su
     by_name = tolerances(experiment, training, found)
     if _read_scores(file, summary, by_name) is not None:
         return
-    names = {value: name for name, value in found.labels.items()}
     table = score_files(
         summarised_files(summary, found.file_ending),
         reader=PlansManager(str(found.plans_file(training.plans))).image_reader_writer_class(),
-        tolerances={value: by_name[name] for value, name in names.items()},
-        ignore_label=found.ignore_label,
+        classes=Classes(found.labels, found.ignore_label),
+        tolerances=by_name,
         processes=experiment.resources.processes,
     )
-    table["label"] = [names[value] for value in table["label"]]
     table.attrs = _made_from(summary, by_name)  # kept in the file
     write_table(file, table)
 

@@ -62,7 +62,7 @@ class Structure:
             "y_pred": tensor(self.prediction),
             "y": tensor(self.truth),
             "include_background": True,
-            "spacing": [self.spacing[axis] for axis in self.axes],
+            "spacing": [float(self.spacing[axis]) for axis in self.axes],
         }
 
 

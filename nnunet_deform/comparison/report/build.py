@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+
+import pandas as pd
 
 from nnunet_deform.comparison.experiment import find_folders, load_experiment
 from nnunet_deform.comparison.files import write_text
 from nnunet_deform.comparison.report.content import ReportContent
 from nnunet_deform.comparison.report.experiment import experiment_content
 from nnunet_deform.comparison.report.page import render
+from nnunet_deform.comparison.report.results import results_content
 from nnunet_deform.comparison.report.tables import write_tables
+from nnunet_deform.comparison.results import Results
 
 
 def build_report(file: Path) -> Path:
@@ -27,6 +33,26 @@ def build_report(file: Path) -> Path:
     experiment = load_experiment(file)
     folders = find_folders(experiment, file)
     return write_report(folders.output / "report", experiment_content(experiment, folders, file))
+
+
+def build_results_report(folder: Path, results: Results, table: pd.DataFrame, command: str) -> Path:
+    """Of results trained elsewhere, into a new ``folder``, which appears complete or not at all.
+
+    Args:
+        table: of :func:`results.score_results`.
+        command: the one that makes the report.
+
+    Returns:
+        The HTML page.
+    """
+    content = results_content(results, table, command)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        page = write_report(partial, content)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder / page.name
 
 
 def write_report(folder: Path, content: ReportContent) -> Path:

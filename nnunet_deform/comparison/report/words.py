@@ -80,7 +80,8 @@ def _what_is_missing(hypothesis: Hypothesis) -> str:
         )
     if verdict.further_trainings:
         needed = " and ".join(f"{_count(number, 'seed')} of {arm}" for arm, number in verdict.further_trainings.items())
-        parts.append(f"{needed} needed on any of the folds, to know how much trainings differ by chance")
+        alone = "" if any(contrast.training_freedoms) else "one training each: "
+        parts.append(f"{alone}{needed} needed on any of the folds, to know how much trainings differ by chance")
     return " and ".join(parts)
 
 
