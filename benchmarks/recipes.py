@@ -31,9 +31,12 @@ from measuring import describe
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENTS = REPOSITORY / "docs" / "recipes" / "patients.json"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "recipes.jsonl"
+WORK = REPOSITORY / "benchmarks" / ".work" / "recipes"
+DEFAULT_DATA = Path(os.environ.get("NNUNET_DEFORM_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
 DATASET = "Dataset004_Hippocampus"
 BATCH = 8
 LAST = 50  # steps whose mean training loss is reported
+OBSERVED_BATCHES = 2  # of validation, in the report on operators at the end
 
 NETWORKS = {
     "stock": "nnUNetTrainer",
@@ -106,6 +109,8 @@ def prepare(data: Path, work: Path) -> Path:
     prepared = work / "prepared"
     if prepared.exists():
         return prepared
+    if not (data / DATASET / "dataset.json").exists():
+        raise SystemExit(f"there is no {DATASET} in {data}; name its folder with --data.")
     patients = json.loads(PATIENTS.read_text())
     split = {part: [case for cases in people.values() for case in cases] for part, people in patients.items()}
     work.mkdir(parents=True, exist_ok=True)
@@ -143,20 +148,29 @@ def folders(prepared: Path) -> dict[str, str]:
 
 
 def run(job: Job, prepared: Path) -> dict[str, Any]:
-    """Train and validate: Dice of each validation case and class, the loss of the last steps, seconds of CPU time."""
+    """A line of the output file."""
+    return {**asdict(job), "trainer": job.trainer, **train(job.trainer, prepared)}
+
+
+def train(name: str, prepared: Path) -> dict[str, Any]:
+    """Train and validate: Dice of each validation case and class, the loss of the last steps, what the operators do
+    in the end, seconds of CPU time.
+
+    Args:
+        name: of a trainer, its recipe, length and seed in it.
+        prepared: from :func:`prepare`.
+    """
+    from nnunet_deform.networks.observation import EPOCHS_FILE, read_epochs
     from nnunet_deform.trainers.variants import find_trainer
 
     plans = json.loads((prepared / "preprocessed" / DATASET / "nnUNetPlans.json").read_text())
     plans["configurations"]["2d"]["batch_size"] = BATCH
     dataset_json = json.loads((prepared / "preprocessed" / DATASET / "dataset.json").read_text())
-    result: dict[str, Any] = {**asdict(job), "trainer": job.trainer}
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as results, contextlib.redirect_stdout(io.StringIO()):
         os.environ.update(nnUNet_results=results)
-        trainer = find_trainer(job.trainer)(
-            {**plans, "continue_training": False}, "2d", 0, dataset_json, torch.device("cpu")
-        )
-        trainer.num_val_iterations_per_epoch = 1  # nothing is decided by it
+        trainer = find_trainer(name)({**plans, "continue_training": False}, "2d", 0, dataset_json, torch.device("cpu"))
+        trainer.num_val_iterations_per_epoch = OBSERVED_BATCHES  # for the report on operators; nothing is decided by it
         trainer.disable_checkpointing = True
         train_step = trainer.train_step
 
@@ -170,16 +184,17 @@ def run(job: Job, prepared: Path) -> dict[str, Any]:
         try:
             trainer.run_training()
         except FloatingPointError as error:
-            return {**result, "stopped": str(error)}
+            return {"stopped": str(error)}
         trained = time.process_time()
         cases = validate(trainer)
         predicted = time.process_time()
+        operators = read_epochs(Path(trainer.output_folder) / EPOCHS_FILE).get(0, {})
     return {
-        **result,
         "dice": fmean(fmean(classes) for classes in cases.values()),
         "loss": fmean(losses[-LAST:]),
         "seconds": {"training": round(trained - start, 1), "prediction": round(predicted - trained, 1)},
         "cases": {case: [round(dice, 4) for dice in classes] for case, classes in cases.items()},
+        "operators": {name: round(value, 5) for name, value in operators.items()},
     }
 
 
@@ -311,16 +326,13 @@ HEADING = """| network | rate | offset factor | validation Dice | by seed | trai
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_data = os.environ.get("NNUNET_DEFORM_TEST_DATA") or REPOSITORY.parent / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=default_data, help=f"the folder that holds {DATASET}")
-    parser.add_argument("--work", type=Path, default=REPOSITORY / "benchmarks" / ".work" / "recipes")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"the folder that holds {DATASET}")
+    parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    if not (options.data / DATASET / "dataset.json").exists():
-        parser.error(f"there is no {DATASET} in {options.data}; name its folder with --data.")
 
     torch.set_num_threads(1)
     prepared = prepare(options.data, options.work)
