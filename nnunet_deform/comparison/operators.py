@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from nnunet_deform.comparison.experiment import Experiment
 from nnunet_deform.comparison.trainings import Training
 from nnunet_deform.networks.observation import EPOCHS_FILE, Values, read_epochs
 
@@ -110,23 +109,26 @@ def rows(histories: Histories, arms: Sequence[str]) -> list[tuple[str, str, int,
     return found
 
 
-def operator_under_test(experiment: Experiment, first: str, second: str) -> str | None:
+def operator_under_test(trainers: Mapping[str, str], first: str, second: str) -> str | None:
     """The arm whose operator a contrast is about: the other one is its op-off or static twin, by the trainers' names.
-    None for other contrasts."""
-    trainers = {arm: experiment.arm(arm).trainer for arm in (first, second)}
-    twins = [arm for arm, trainer in trainers.items() if _TWIN.search(trainer)]
-    if len(twins) != 1 or len({trainer.split("_")[0] for trainer in trainers.values()}) != 1:
+    None for other contrasts.
+
+    Args:
+        trainers: names by arm.
+    """
+    twins = [arm for arm in (first, second) if _TWIN.search(trainers[arm])]
+    if len(twins) != 1 or len({trainers[arm].split("_")[0] for arm in (first, second)}) != 1:
         return None
     return second if twins == [first] else first
 
 
-def caution(experiment: Experiment, histories: Histories, first: str, second: str) -> str | None:
+def caution(trainers: Mapping[str, str], histories: Histories, first: str, second: str) -> str | None:
     """Why a contrast may be empty: the operator that it is about does not act, or that is not known.
 
     Args:
-        histories: of one dataset.
+        trainers: names by arm; histories: of one dataset.
     """
-    arm = operator_under_test(experiment, first, second)
+    arm = operator_under_test(trainers, first, second)
     if arm is None:
         return None
     found, known = [], False
@@ -151,14 +153,15 @@ def caution(experiment: Experiment, histories: Histories, first: str, second: st
     return None
 
 
-def diagnose(experiment: Experiment, histories: Histories, arms: Sequence[str]) -> Diagnostics:
+def diagnose(trainers: Mapping[str, str], histories: Histories) -> Diagnostics:
     """
     Args:
-        histories: of one dataset.
+        trainers: names by arm, in the order of the arms; histories: of one dataset.
     """
+    arms = list(trainers)
     pairs = itertools.combinations(arms, 2)
     return Diagnostics(
         panels=tuple((m.title, m.threshold, found) for m in MEASURES if (found := curves(histories, m))),
         rows=tuple(rows(histories, arms)),
-        cautions={frozenset(pair): words for pair in pairs if (words := caution(experiment, histories, *pair))},
+        cautions={frozenset(pair): words for pair in pairs if (words := caution(trainers, histories, *pair))},
     )

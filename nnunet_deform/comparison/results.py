@@ -141,7 +141,7 @@ def read_source(
         folder = _in_nnunet("nnUNet_results", dataset, str(given)) or given
     if not folder.is_dir():
         raise ResultsError(f"there is no folder {given}.")
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))  # "." has no name, and a link its own
     if any(_FOLD.fullmatch(path.name) or path.name == "fold_all" for path in folder.iterdir()):
         return _read_model(folder, folds)
     if labels is None:

@@ -4,10 +4,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from synthetic import make_experiment
 
 from nnunet_deform.comparison import operators
-from nnunet_deform.comparison.experiment import Arm
 from nnunet_deform.comparison.report import figures
 from nnunet_deform.comparison.trainings import Training, list_trainings
 from nnunet_deform.networks.observation import write_epoch
@@ -29,12 +27,6 @@ NUMBERS = {
 }
 
 
-@pytest.fixture
-def experiment():
-    arms = tuple(Arm(name=name, trainer=trainer) for name, trainer in ARMS.items())
-    return make_experiment(list(ARMS)).model_copy(update={"arms": arms})
-
-
 def history(arm: str, fold: int = 0, seed: int = 1, **changes: float) -> operators.Histories:
     training = Training("Dataset501_Synthetic", "3d_fullres", arm, ARMS[arm], "nnUNetPlans", seed, fold)
     return {training: {0: dict.fromkeys(NUMBERS[arm], 0.0), 1: {**NUMBERS[arm], **changes}}}
@@ -53,8 +45,8 @@ def history(arm: str, fold: int = 0, seed: int = 1, **changes: float) -> operato
         ("New", "Mixed", None),
     ],
 )
-def test_the_operator_that_a_contrast_is_about(experiment, first, second, tested):
-    assert operators.operator_under_test(experiment, first, second) == tested
+def test_the_operator_that_a_contrast_is_about(first, second, tested):
+    assert operators.operator_under_test(ARMS, first, second) == tested
 
 
 @pytest.mark.parametrize(
@@ -65,33 +57,33 @@ def test_the_operator_that_a_contrast_is_about(experiment, first, second, tested
         ("Light", "LightOff", {"anchor_spread": 0.0099}),
     ],
 )
-def test_the_caution_appears_and_disappears(experiment, arm, twin, changes):
+def test_the_caution_appears_and_disappears(arm, twin, changes):
     acting, idle = history(arm, 0), history(arm, 1, **changes)
-    assert operators.caution(experiment, acting, arm, twin) is None
-    words = operators.caution(experiment, acting | idle, twin, arm)
+    assert operators.caution(ARMS, acting, arm, twin) is None
+    words = operators.caution(ARMS, acting | idle, twin, arm)
     (value,) = changes.values()
     assert words.startswith(f"Caution: {arm}'s operator does not act")
     assert f"in 1 of 2 trainings ({value:.4f} to {value:.4f})" in words
-    assert operators.caution(experiment, idle, arm, "Stock") is None
-    found = operators.diagnose(experiment, idle, list(ARMS)).cautions
+    assert operators.caution(ARMS, idle, arm, "Stock") is None
+    found = operators.diagnose(ARMS, idle).cautions
     assert [pair for pair, words in found.items() if "not known" not in words] == [{arm, twin}]
     # Only the last epoch counts, and one at the threshold acts.
     threshold = 0.1 if arm == "New" else 0.01
     at_threshold = history(arm, 1, **dict.fromkeys(changes, threshold))
-    assert operators.caution(experiment, acting | at_threshold, arm, twin) is None
+    assert operators.caution(ARMS, acting | at_threshold, arm, twin) is None
 
 
-def test_what_is_not_known_is_said(experiment):
-    assert "is not known, its trainings left no operators.jsonl" in operators.caution(experiment, {}, "New", "Off")
+def test_what_is_not_known_is_said():
+    assert "is not known, its trainings left no operators.jsonl" in operators.caution(ARMS, {}, "New", "Off")
     # One sample has no spread.
     unknown = history("Mixed", mixing_spread_median=math.nan)
     for epochs in unknown.values():
         del epochs[0]
-    assert "is not known" in operators.caution(experiment, unknown, "Mixed", "Static")
-    assert operators.caution(experiment, {}, "New", "Stock") is None
+    assert "is not known" in operators.caution(ARMS, unknown, "Mixed", "Static")
+    assert operators.caution(ARMS, {}, "New", "Stock") is None
 
 
-def test_files_of_trainings_are_read(experiment, tmp_path):
+def test_files_of_trainings_are_read(tmp_path):
     training = next(iter(history("New")))
     assert operators.read_histories([training], tmp_path) == {}
     folder = training.folder(tmp_path)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from nnunet_deform import cli
 from nnunet_deform.comparison.results import find_results
 from nnunet_deform.comparison.verdicts import REQUIRED_TRAINING_FREEDOM
+from nnunet_deform.networks.observation import EPOCHS_FILE, write_epoch
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,8 @@ def test_seeds_by_name_are_trainings_of_one_arm(nnunet, tmp_path):
         for network, missed in (("", 0.3), ("_opOff", 0.2))
         for seed in (1, 2, 3)
     ]
+    for folder in folders:
+        write_epoch(folder / "fold_0" / EPOCHS_FILE, 0, {"offset_mean_level1": 0.05})
     results = find_results(folders)
     assert results.design.arms == ("nnUNetTrainerX", "nnUNetTrainerX_opOff")
     assert results.design.seeds == (1, 2, 3)
@@ -123,6 +126,9 @@ def test_seeds_by_name_are_trainings_of_one_arm(nnunet, tmp_path):
     assert row["of trainings"] == 4 < REQUIRED_TRAINING_FREEDOM
     assert bool(row["paired starts"])
     assert "one training each" not in row["sentence"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Caution: nnUNetTrainerX&#39;s operator does not act, mean |offset|" in page
+    assert "in 3 of 3 trainings" in page
     # stock trainers start anywhere
     stock = [nnunet.results / f"{t}__nnUNetPlans__3d_fullres" for t in ("nnUNetTrainer", "nnUNetTrainerNoMirroring")]
     assert not find_results([*stock, *folders]).design.paired_starts - results.design.paired_starts

@@ -154,7 +154,6 @@ def _dataset_content(
         arm: [curve for t in mine if t.arm == arm and (curve := read_curve(t.folder(folders.results)))[0]]
         for arm in of_arm
     }
-    arms = [arm.name for arm in experiment.arms]
     return DatasetContent(
         labels=found.labels,
         ignore_label=found.ignore_label,
@@ -162,7 +161,8 @@ def _dataset_content(
         costs=costs,
         curves=curves,
         operators=operators.diagnose(
-            experiment, operators.of_dataset(histories, dataset.dataset, dataset.configuration), arms
+            {arm.name: arm.trainer for arm in experiment.arms},
+            operators.of_dataset(histories, dataset.dataset, dataset.configuration),
         ),
         cautions=tuple(_not_tested_or_measured(experiment, dataset, collected, costs)),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 
+from nnunet_deform.comparison import operators
 from nnunet_deform.comparison.analysis import analyse
 from nnunet_deform.comparison.collect import columns
 from nnunet_deform.comparison.files import fingerprint, read_json
@@ -18,6 +19,8 @@ from nnunet_deform.comparison.report.content import Curve, DatasetContent, Prove
 from nnunet_deform.comparison.report.figures import read_curve
 from nnunet_deform.comparison.report.pictures import read_volumes
 from nnunet_deform.comparison.results import Results, images_of
+from nnunet_deform.comparison.trainings import Training
+from nnunet_deform.networks.observation import EPOCHS_FILE, read_epochs
 
 _UNKNOWN = "not known"
 
@@ -30,6 +33,7 @@ def results_content(results: Results, table: pd.DataFrame, command: str) -> Repo
     """
     design = results.design
     curves = _curves(results)
+    histories = _histories(results)
     return ReportContent(
         name=f"{results.dataset}: {' and '.join(design.arms)}",
         arms=design.arms,
@@ -47,10 +51,12 @@ def results_content(results: Results, table: pd.DataFrame, command: str) -> Repo
                 ignore_label=results.description.classes.ignore_label,
                 volumes=_reader_of_volumes(results),
                 curves=curves,
+                operators=operators.diagnose({t.arm: t.source.trainer for t in results.trainings}, histories),
             )
         },
         command=command,
         provenance=tuple(_provenance(results)),
+        operators=operators.last_epochs(histories),
         cautions=(
             "Nothing shows that what is compared was chosen before its results were seen: arms, metric and band came "
             "with the command that made this page.",
@@ -67,6 +73,17 @@ def _curves(results: Results) -> dict[str, list[Curve]]:
         if training.source.is_model:
             curves = (read_curve(training.source.fold_folder(fold)) for fold in results.design.folds)
             found[training.arm] += [curve for curve in curves if curve[0]]
+    return found
+
+
+def _histories(results: Results) -> operators.Histories:
+    found = {}
+    for training in results.trainings:
+        source = training.source
+        for fold in results.design.folds if source.is_model else ():
+            if epochs := read_epochs(source.fold_folder(fold) / EPOCHS_FILE):
+                names = (results.dataset, results.configuration, training.arm, source.trainer, source.plans)
+                found[Training(*names, training.seed, fold)] = epochs
     return found
 
 
