@@ -1,13 +1,13 @@
 """Modules for networks of few channels: convolution, normalisation, resampling, and products in place in prediction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_deform.layers.norm import GroupNorm
-from nnunet_deform.ops import few_channel_conv, resample_linear
+from nnunet_deform.ops import compiled_on_cpu, few_channel_conv, opaque_group_norm, opaque_mixture, resample_linear
 
 NORM_GROUPS = 4
 
@@ -59,6 +59,12 @@ class NormAct(nn.Sequential):
     def __init__(self, channels: int) -> None:
         super().__init__(GroupNorm(NORM_GROUPS, channels), _SiLU())
 
+    def forward(self, x: Tensor) -> Tensor:
+        if compiled_on_cpu(x):
+            norm = self[0]
+            return opaque_group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation="silu")
+        return super().forward(x)
+
 
 class _SiLU(nn.Module):
     """SiLU, in place in prediction: it follows a norm, whose result nobody else holds."""
@@ -70,6 +76,20 @@ class _SiLU(nn.Module):
 def multiplied(x: Tensor, factor: Tensor) -> Tensor:
     """x * factor; in prediction in the memory of x, which must be the caller's own."""
     return x * factor if torch.is_grad_enabled() else x.mul_(factor)
+
+
+def mixture(logits: Tensor, maps: Iterable[Tensor]) -> Tensor:
+    """sum_j softmax_j(logits) maps_j, [B, N, *spatial] and N of [B, C, *spatial] -> [B, C, *spatial].
+
+    In prediction in the memory of the first map, which must be the caller's own; the others may be made one by one.
+    """
+    if compiled_on_cpu(logits):
+        return opaque_mixture(logits, list(maps))
+    shares, maps = logits.softmax(1).split(1, dim=1), iter(maps)
+    mixed = multiplied(next(maps), shares[0])
+    for one, share in zip(maps, shares[1:], strict=True):
+        mixed = torch.addcmul(mixed, one, share) if torch.is_grad_enabled() else mixed.addcmul_(one, share)
+    return mixed
 
 
 def resampled(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -10,13 +10,20 @@ from torch.overrides import wrap_torch_function
 from nnunet_deform.layers.few_channels import (
     NORM_GROUPS,
     NormAct,
+    mixture,
     multiplied,
     pointwise_conv,
     same_conv,
     spatial_mean,
 )
 from nnunet_deform.layers.norm import GroupNorm
-from nnunet_deform.ops import autocast_disabled, concatenate_channels
+from nnunet_deform.ops import (
+    autocast_disabled,
+    compiled_on_cpu,
+    concatenate_channels,
+    opaque_ghost_features,
+    opaque_squeeze_excite,
+)
 
 DETECTOR_WIDTH = 8
 DETECTOR_HIDDEN = 128
@@ -39,6 +46,9 @@ class GhostFeatures(nn.Module):
         self.ghost = same_conv(half, half, kernel_size, groups=half, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if compiled_on_cpu(x):
+            convs = self.primary, self.ghost
+            return opaque_ghost_features(x, *(conv.weight for conv in convs), self.primary.stride, self.ghost.padding)
         primary = self.primary(x)
         return concatenate_channels(primary, self.ghost(primary))
 
@@ -65,6 +75,9 @@ class SqueezeExcite(nn.Module):
         nn.init.constant_(self.gate[2].bias, GATE_BIAS)
 
     def forward(self, x: Tensor) -> Tensor:
+        if compiled_on_cpu(x):
+            squeeze, _, excite, _ = self.gate
+            return opaque_squeeze_excite(x, squeeze.weight, squeeze.bias, excite.weight, excite.bias)
         gate = self.gate(spatial_mean(x)).to(x.dtype)
         return multiplied(x, gate.view(*gate.shape, *[1] * (x.ndim - 2)))
 
@@ -168,8 +181,7 @@ class LocalStructuralPrior(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         residue = (x - self.smoothing_norm(self.smoothing(x))).abs()
         texture = torch.sigmoid(self.texture(residue))
-        first, second = self.weights(self.spatial_gate(x)).softmax(1).split(1, dim=1)
-        return texture, first * self.experts[0](x) + second * self.experts[1](x)
+        return texture, mixture(self.weights(self.spatial_gate(x)), [expert(x) for expert in self.experts])
 
 
 class FiLM(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_deform.ops import standardize
+from nnunet_deform.ops import compiled_on_cpu, opaque_group_norm, opaque_layer_norm, standardize
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -19,7 +19,10 @@ class ChannelLayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+        rows = x.movedim(1, -1)
+        if compiled_on_cpu(x):
+            return opaque_layer_norm(rows, self.weight, self.bias, self.eps).movedim(-1, 1)
+        return F.layer_norm(rows, self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
 
 
 class RunningNorm(nn.Module):
@@ -98,6 +101,8 @@ class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm``, which compiles to fewer operations."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if compiled_on_cpu(x):
+            return opaque_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         if not torch.compiler.is_dynamo_compiling():
             return super().forward(x)
         by_group = x.unflatten(1, (self.num_groups, -1))
@@ -112,6 +117,8 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
     def forward(self, x: Tensor) -> Tensor:
         if self.track_running_stats or not torch.compiler.is_dynamo_compiling():
             return super().forward(x)
+        if compiled_on_cpu(x):
+            return opaque_group_norm(x, self.num_features, self.weight, self.bias, self.eps)
         standardized = standardize(x, range(2, x.ndim), self.eps)
         return _scaled(standardized, self.weight, self.bias).to(x.dtype)
 
@@ -122,6 +129,19 @@ class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
 
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     """``nn.InstanceNorm3d``, which compiles to fewer operations."""
+
+
+def normalized(norm: nn.Module, x: Tensor, activation: nn.Module, residual: Tensor | None = None) -> Tensor:
+    """activation(norm(x) + residual), a residual of None being none."""
+    known = isinstance(norm, _InstanceNorm) and not norm.track_running_stats and isinstance(activation, nn.LeakyReLU)
+    if known and compiled_on_cpu(x):
+        return opaque_group_norm(
+            *(x, norm.num_features, norm.weight, norm.bias, norm.eps),
+            residual=residual,
+            activation="leaky_relu",
+            negative_slope=activation.negative_slope,
+        )
+    return activation(norm(x) if residual is None else norm(x) + residual)
 
 
 def _scaled(standardized: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_deform.layers.norm import InstanceNorm2d, InstanceNorm3d
+from nnunet_deform.layers.norm import InstanceNorm2d, InstanceNorm3d, normalized
 
 _COMPILED_BETTER = {nn.InstanceNorm2d: InstanceNorm2d, nn.InstanceNorm3d: InstanceNorm3d}
 
@@ -71,7 +71,9 @@ class ResidualBlock(nn.Module):
         self.conv_outputs_per_voxel = (2 if in_channels == out_channels else 3) * out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.body(x) + self.shortcut(x))
+        first, dropout, first_norm, activation, second, second_norm = self.body
+        features = normalized(first_norm, dropout(first(x)), activation)
+        return normalized(second_norm, second(features), self.activation, residual=self.shortcut(x))
 
 
 class UpBlock(nn.Module):

@@ -60,7 +60,7 @@ from nnunet_deform.layers.few_channels import (
     FewChannelConv2d,
     FewChannelConv3d,
     NormAct,
-    multiplied,
+    mixture,
     pointwise_conv,
     resampled,
     same_conv,
@@ -159,9 +159,7 @@ class SkipRouter(nn.Module):
         self.controllers: nn.ModuleList | None = None
         if learned:
             self.controllers = nn.ModuleList(
-                nn.Sequential(
-                    pointwise_conv(ndim, n * common, common), nn.SiLU(), pointwise_conv(ndim, common, n), nn.Softmax(1)
-                )
+                nn.Sequential(pointwise_conv(ndim, n * common, common), nn.SiLU(), pointwise_conv(ndim, common, n))
                 for _ in outputs
             )
         self.outputs = nn.ModuleList(pointwise_conv(ndim, common, width) for width in outputs)
@@ -173,8 +171,8 @@ class SkipRouter(nn.Module):
         ]
         if self.controllers is None:
             return self.outputs[stage](sum(projected) / len(projected))
-        weights = self.controllers[stage](torch.cat(projected, dim=1)).split(1, dim=1)
-        return self.outputs[stage](sum(weight * feature for weight, feature in zip(weights, projected, strict=True)))
+        logits = self.controllers[stage](torch.cat(projected, dim=1))
+        return self.outputs[stage](mixture(logits, projected))
 
 
 class PairSum(nn.Module):
@@ -233,14 +231,7 @@ class BranchMixture(nn.Module):
         self.recalibration = SqueezeExcite(channels)
 
     def forward(self, fused: Tensor) -> Tensor:
-        shares = self.selector(fused).softmax(1).split(1, dim=1)
-        mixed = multiplied(self.branches[0](fused), shares[0])
-        for branch, share in zip(self.branches[1:], shares[1:], strict=True):
-            if torch.is_grad_enabled():
-                mixed = torch.addcmul(mixed, branch(fused), share)
-            else:
-                mixed.addcmul_(branch(fused), share)
-        return self.recalibration(mixed)
+        return self.recalibration(mixture(self.selector(fused), (branch(fused) for branch in self.branches)))
 
 
 class LightMedDecoder(nn.Module):
@@ -281,12 +272,12 @@ class LightMedDecoder(nn.Module):
     ) -> Tensor | list[Tensor]:
         stages = list(zip(self.fusions, self.mixtures, self.seg_layers, strict=True))
         logits = []
-        for index, (fusion, mixture, head) in enumerate(stages):
+        for index, (fusion, mix, head) in enumerate(stages):
             level = len(stages) - 1 - index
             size = image_size if level == 0 else features[level - 1].shape[2:]
             # No name holds the skip: at full resolution it would be kept beside the maps of the mixture.
             fused = fusion(z, self._skip(index, level, size, stem, features), anchors)
-            z = mixture(fused)
+            z = mix(fused)
             del fused
             if level == 0 or self.deep_supervision:
                 logits.append(head(z))
@@ -478,7 +469,7 @@ class LightMedSeg(nn.Module):
             layers |= {f"decoder.router.controllers.{stage}": controller for stage, controller in routed}
 
         def look(_: str, layer: nn.Module, __: Tensor, output: Tensor) -> Observation:
-            return Anchors(output) if isinstance(layer, AnchorDetector) else Routing(output)
+            return Anchors(output) if isinstance(layer, AnchorDetector) else Routing(output.softmax(1))
 
         return recorded(self, x, layers, look) if layers else {}
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from nnunet_deform.ops.checks import convolved_size
+from nnunet_deform.ops.compiling import compiled_on_cpu
 from nnunet_deform.ops.layouts import CHANNELS_LAST
 
 # Channels in a vector of oneDNN's kernels.
@@ -39,12 +40,12 @@ def few_channel_conv(
         stride, padding: one value for each spatial axis.
         groups: as in torch.
     """
-    if input.device.type != "cpu" or groups != 1:
-        return _conv(weight)(input, weight, bias, stride, padding, groups=groups)
-    if torch.compiler.is_dynamo_compiling() and not torch.is_autocast_enabled("cpu"):
+    if compiled_on_cpu(input):
         # Each form is many operations. As one they take a compiler a fraction of the time.
-        return torch.ops.nnunet_deform.few_channel_conv(input, weight, bias, list(stride), list(padding))
-    return _conv_on_cpu(input, weight, bias, stride, padding)
+        return torch.ops.nnunet_deform.few_channel_conv(input, weight, bias, list(stride), list(padding), groups)
+    if input.device.type != "cpu":
+        return _conv(weight)(input, weight, bias, stride, padding, groups=groups)
+    return _conv_on_cpu(input, weight, bias, stride, padding, groups)
 
 
 def _conv(weight: Tensor) -> Callable[..., Tensor]:
@@ -52,9 +53,11 @@ def _conv(weight: Tensor) -> Callable[..., Tensor]:
 
 
 def _conv_on_cpu(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> Tensor:
     conv, kernel = _conv(weight), weight.shape[2:]
+    if groups != 1:
+        return conv(input, weight, bias, stride, padding, groups=groups)
     if _is_matrix_product(weight, stride):
         return F.linear(input.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if fill := _fill(weight):
@@ -102,14 +105,14 @@ def _conv3d_by_planes(input: Tensor, weight: Tensor, bias: Tensor | None, paddin
 @torch.library.custom_op(
     "nnunet_deform::few_channel_conv",
     mutates_args=(),
-    schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding) -> Tensor",
+    schema="(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int groups) -> Tensor",
 )
-def _forward(input, weight, bias, stride, padding):
-    return _channels_last(_conv_on_cpu(input, weight, bias, stride, padding))
+def _forward(input, weight, bias, stride, padding, groups):
+    return _channels_last(_conv_on_cpu(input, weight, bias, stride, padding, groups))
 
 
 @_forward.register_fake
-def _(input, weight, bias, stride, padding):
+def _(input, weight, bias, stride, padding, groups):
     size = convolved_size(input.shape[2:], weight.shape[2:], stride, padding, [1] * len(stride))
     return _channels_last(input.new_empty((len(input), len(weight), *size)))
 
@@ -117,12 +120,12 @@ def _(input, weight, bias, stride, padding):
 @torch.library.custom_op(
     "nnunet_deform::few_channel_conv_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor input, Tensor weight, int[] stride, int[] padding, bool[] needs) "
+    schema="(Tensor grad, Tensor input, Tensor weight, int[] stride, int[] padding, int groups, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
 )
-def _backward(grad, input, weight, stride, padding, needs):
+def _backward(grad, input, weight, stride, padding, groups, needs):
     """The gradients of input, weight and bias; an empty tensor where ``needs`` says that nobody asks."""
-    if _is_matrix_product(weight, stride):
+    if groups == 1 and _is_matrix_product(weight, stride):
         rows, matrix = grad.movedim(1, -1), weight.flatten(1)
         of_rows = rows.flatten(0, -2)
         gradients = (
@@ -131,20 +134,21 @@ def _backward(grad, input, weight, stride, padding, needs):
             of_rows.sum(0) if needs[2] else None,
         )
     else:
-        fill, channels = _fill(weight), weight.shape[1]
+        fill, channels = _fill(weight) if groups == 1 else [], input.shape[1]
         if fill:
             input, weight = F.pad(input, fill), F.pad(weight, fill)
         no_dilation, no_output_padding = [1] * len(stride), [0] * len(stride)
         gradients = torch.ops.aten.convolution_backward(
-            grad, input, weight, [len(weight)], stride, padding, no_dilation, False, no_output_padding, 1, needs
+            grad, input, weight, [len(weight)], stride, padding, no_dilation, False, no_output_padding, groups, needs
         )
-        gradients = [g if g is None or g.ndim == 1 else g[:, :channels] for g in gradients]
+        if fill:
+            gradients = [g if g is None or g.ndim == 1 else g[:, :channels] for g in gradients]
     of_input, of_weight, of_bias = (grad.new_empty(0) if g is None else g for g in gradients)
     return _channels_last(of_input), of_weight.contiguous(), of_bias
 
 
 @_backward.register_fake
-def _(grad, input, weight, stride, padding, needs):
+def _(grad, input, weight, stride, padding, groups, needs):
     shapes = (input.shape, weight.shape, weight.shape[:1])
     of_input, of_weight, of_bias = (grad.new_empty(s if n else 0) for s, n in zip(shapes, needs, strict=True))
     return _channels_last(of_input), of_weight, of_bias
@@ -155,16 +159,16 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    input, weight, _, ctx.stride, ctx.padding = inputs
+    input, weight, _, ctx.stride, ctx.padding, ctx.groups = inputs
     ctx.save_for_backward(input, weight)
 
 
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.nnunet_deform.few_channel_conv_backward(
-        grad, *ctx.saved_tensors, ctx.stride, ctx.padding, needs
+        grad, *ctx.saved_tensors, ctx.stride, ctx.padding, ctx.groups, needs
     )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -172,8 +176,14 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 def concatenate_channels(first: Tensor, second: Tensor) -> Tensor:
     """``torch.cat`` of [B, C1, *spatial] and [B, C2, *spatial]; on a CPU the faster copy of channels-last tensors."""
+    if compiled_on_cpu(first):
+        return torch.ops.nnunet_deform.concatenate_channels(first, second)
     if first.device.type != "cpu" or not _writes_in_place():
         return torch.cat((first, second), dim=1)
+    return _concatenated(first, second)
+
+
+def _concatenated(first: Tensor, second: Tensor) -> Tensor:
     split = first.shape[1]
     output = torch.empty(
         (len(first), split + second.shape[1], *first.shape[2:]),
@@ -184,3 +194,44 @@ def concatenate_channels(first: Tensor, second: Tensor) -> Tensor:
     output[:, :split] = first
     output[:, split:] = second
     return output
+
+
+@torch.library.custom_op(
+    "nnunet_deform::concatenate_channels", mutates_args=(), schema="(Tensor first, Tensor second) -> Tensor"
+)
+def _concatenate(first, second):
+    return _concatenated(first, second)
+
+
+@_concatenate.register_fake
+def _(first, second):
+    shape = (len(first), first.shape[1] + second.shape[1], *first.shape[2:])
+    return _channels_last(first.new_empty(shape, dtype=torch.promote_types(first.dtype, second.dtype)))
+
+
+@torch.library.custom_op(
+    "nnunet_deform::split_channels", mutates_args=(), schema="(Tensor input, int split) -> (Tensor, Tensor)"
+)
+def _split(input, split):
+    return tuple(
+        part.clone(memory_format=CHANNELS_LAST[input.ndim - 2]) for part in (input[:, :split], input[:, split:])
+    )
+
+
+@_split.register_fake
+def _(input, split):
+    parts = input[:, :split], input[:, split:]
+    return tuple(_channels_last(input.new_empty(part.shape)) for part in parts)
+
+
+def _setup_concatenation(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    first, second = inputs
+    ctx.split, ctx.dtypes = first.shape[1], (first.dtype, second.dtype)
+
+
+def _split_gradient(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+    parts = torch.ops.nnunet_deform.split_channels(grad, ctx.split)
+    return tuple(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True))
+
+
+_concatenate.register_autograd(_split_gradient, setup_context=_setup_concatenation)
