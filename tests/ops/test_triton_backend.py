@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,21 @@ from nnunet_deform.ops.backends import triton_
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def release(package: str) -> tuple[int, int]:
+    """Major and minor; (0, 0) if it is not installed."""
+    try:
+        major, minor = version(package).split(".")[:2]
+    except PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+needs_interpreter = pytest.mark.skipif(
+    release("triton") < (3, 3) and release("numpy") >= (2, 4),
+    reason="Triton's interpreter takes arrays of one element for numbers up to 3.2, which NumPy refuses from 2.4 on",
+)
 
 
 def tensors(size, channels=48, dtype=torch.float32, device="meta", batch=2):
@@ -47,12 +63,14 @@ def run_pytest(*arguments: str, **environment: str) -> str:
 
 
 @needs_triton
+@needs_interpreter
 def test_interpreted_kernels_agree_with_the_reference():
     output = run_pytest("triton_interpreted.py", TRITON_INTERPRET="1")
     assert int(re.search(r"(\d+) passed", output)[1]) >= 43, output
 
 
 @needs_triton
+@needs_interpreter
 def test_interpreted_kernels_follow_the_convention():
     """The tests of every backend, as far as the interpreter is quick enough for them.
 
