@@ -101,18 +101,18 @@ def _other_dice(results: Results, table: pd.DataFrame) -> list[str]:
     others."""
     cautions = []
     names = {region: name for name, region in results.description.classes.labels.items()}
-    keyed = table.set_index(["arm", "seed", "fold", "case", "label"])["Dice"]
+    of_keys = table.set_index(["arm", "seed", "case", "label"])["Dice"].to_dict()
     for training in results.trainings:
         changed = set()
         for fold in results.design.folds:
             if not training.source.is_model or fold not in training.source.folds:
                 continue
-            mine = keyed.loc[training.arm, training.seed, fold]
             summary = training.source.fold_folder(fold) / "validation" / "summary.json"
             for entry in load_summary_json(str(summary))["metric_per_case"]:
                 case = Path(entry["prediction_file"]).name.removesuffix(results.description.file_ending)
                 for region, scores in entry["metrics"].items():
-                    then, now = scores["Dice"], mine.get((case, names.get(region)), math.nan)
+                    key = (training.arm, training.seed, case, names.get(region))
+                    then, now = scores["Dice"], of_keys.get(key, math.nan)
                     if not (then == now or (math.isnan(then) and math.isnan(now))):
                         changed.add(case)
         if changed:
