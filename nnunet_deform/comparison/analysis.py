@@ -34,16 +34,17 @@ class MetricAnalysis:
     """One metric on one dataset, all complete arms, out of fold.
 
     band: within which differences count as equal; scores: [arms, cases], a case's mean over its classes and the arm's
-    trainings; by_class: [arms, classes], the mean over patients; means and intervals: of each arm, the latter
-    [2, arms]; contrasts: all pairs of arms, each at alpha alone (exploratory), p_holm over these pairs; differences:
-    [pairs, cases]; by_class_contrasts: class by class; seed_means: of each training; noise: of seeds; ranking: None
-    with fewer than two arms.
+    trainings; by_class: [arms, classes], the mean over patients, with intervals [2, arms, classes]; means and
+    intervals: of each arm, the latter [2, arms]; contrasts: all pairs of arms, each at alpha alone (exploratory),
+    p_holm over these pairs; differences: [pairs, cases]; by_class_contrasts: class by class; seed_means: of each
+    training; noise: of seeds; ranking: None with fewer than two arms.
     """
 
     metric: Metric
     band: float
     scores: np.ndarray
     by_class: np.ndarray
+    by_class_intervals: np.ndarray
     means: np.ndarray
     intervals: np.ndarray
     contrasts: tuple[Contrast, ...]
@@ -275,6 +276,7 @@ def _analyse_metric(design: Design, metric: Metric, scores: Scores, failed: Mapp
         band=design.bands[metric.name],
         scores=of_cases,
         by_class=np.array([result.mean[1:] for result in of_arms]),
+        by_class_intervals=np.array([[low[1:] for low, _ in intervals], [high[1:] for _, high in intervals]]),
         means=np.array([result.mean[0] for result in of_arms]),
         intervals=np.array([[low[0] for low, _ in intervals], [high[0] for _, high in intervals]]),
         contrasts=overall,

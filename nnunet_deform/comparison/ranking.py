@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from nnunet_deform.comparison.statistics import holm
 
@@ -101,3 +102,30 @@ def bootstrap_ranking(means: np.ndarray, draws: np.ndarray, by_tests: np.ndarray
         frequencies=(places[:, :, None] == np.arange(len(means))).mean(axis=0),
         tau=kendall_tau(ranks, drawn),
     )
+
+
+@dataclass(frozen=True)
+class RanksAcross:
+    """ranks: [datasets, arms], 1 is the best; means: [arms], over datasets; p: of Friedman's test that all arms are
+    alike, NaN with fewer than five datasets or three arms, of which it says nothing."""
+
+    ranks: np.ndarray
+    means: np.ndarray
+    p: float
+
+
+_FRIEDMAN_DATASETS, _FRIEDMAN_ARMS = 5, 3
+
+
+def rank_across(means: np.ndarray) -> RanksAcross:
+    """Rank on each dataset, then average, because scores of different datasets have no common scale.
+
+    Args:
+        means: [datasets, arms], higher is better.
+    """
+    ranks = rank_rows(means)
+    datasets, arms = ranks.shape
+    p = float("nan")
+    if datasets >= _FRIEDMAN_DATASETS and arms >= _FRIEDMAN_ARMS and np.ptp(ranks) > 0:
+        p = float(stats.friedmanchisquare(*ranks.T).pvalue)
+    return RanksAcross(ranks, ranks.mean(axis=0), p)

@@ -150,7 +150,7 @@ def test_missing_seeds_leave_a_pair_undecided(experiment):
             hypothesis, 0.005
         )
     assert few_trainings(analysis.datasets[0]) == ["Old", "Third"]
-    assert summary(analysis) == "Undecided for want of trainings or patients: 2 of 2 declared comparisons."
+    assert summary(analysis) == "Undecided for want of trainings or patients: 2 of 2 comparisons."
 
 
 def test_an_arm_that_hardly_learned_is_not_compared(experiment):
@@ -167,7 +167,7 @@ def test_an_arm_that_hardly_learned_is_not_compared(experiment):
     assert verdicts[0].kind is not Kind.NOT_COMPARABLE
     assert (verdicts[1].kind, verdicts[1].winner, set(verdicts[1].arms)) == (Kind.NOT_COMPARABLE, None, {"Third"})
     assert "are not comparable: Third reaches a mean Dice of 0.07" in sentence(analysis.hypotheses[1], 0.005)
-    assert summary(analysis).endswith("hardly learned: 1 of 2 declared comparisons.")
+    assert summary(analysis).endswith("hardly learned: 1 of 2 comparisons.")
     just_enough = analyse(design_of(experiment), table.assign(Dice=table["Dice"].mask(hardly, table["Dice"] / 9.5)), {})
     assert just_enough.datasets[0].failed == {}
     assert just_enough.hypotheses[1].verdict.winner == "New"

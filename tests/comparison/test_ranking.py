@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nnunet_deform.comparison.ranking import beaten_ranks, bootstrap_ranking, kendall_tau, rank_rows
+from nnunet_deform.comparison.ranking import beaten_ranks, bootstrap_ranking, kendall_tau, rank_across, rank_rows
 
 
 @pytest.fixture
@@ -55,3 +55,19 @@ def test_a_clear_ranking_is_stable_and_a_null_one_is_not(rng):
     null = bootstrap_ranking(np.array([0.81, 0.80, 0.79, 0.78]) * 1e-4, noise, np.ones(4))
     assert abs(np.mean(null.tau)) < 0.05
     np.testing.assert_allclose(null.first, 0.25, atol=0.04)
+
+
+def test_ranks_across_datasets_are_averaged_whatever_their_scales():
+    across = rank_across(np.array([[0.9, 0.8, 0.7], [0.2, 0.3, 0.1]]))
+    assert across.ranks.tolist() == [[1, 2, 3], [2, 1, 3]]
+    assert across.means.tolist() == [1.5, 1.5, 3]
+    assert np.isnan(across.p)
+
+
+def test_friedmans_test_needs_five_datasets():
+    means = np.tile([0.9, 0.8, 0.7], (5, 1))
+    # All five agree: chi-squared 10 with 2 degrees of freedom.
+    assert rank_across(means).p == pytest.approx(np.exp(-5))
+    assert np.isnan(rank_across(means[:4]).p)
+    assert np.isnan(rank_across(means[:, :2]).p)
+    assert np.isnan(rank_across(np.ones((5, 3))).p)

@@ -87,7 +87,8 @@ def test_two_model_folders(nnunet, models, tmp_path):
     assert "epochs of the trainings differ (nnUNetTrainer 2, nnUNetTrainerNoMirroring 3)" in page
     assert "is not that of nnU-Net" not in page
     assert "torch 2.15.0; cpu" in page
-    assert page.count("data:image/png") == 4  # the worst and the median case with both arms
+    # the worst and the median case with both arms, the worst of each, and where they differ most, both ways
+    assert page.count("data:image/png") == 2 * 2 + 2 + 2 * 2
     assert not (nnunet.base / "preprocessed").exists()
 
 

@@ -14,6 +14,7 @@ from nnunet_deform.comparison.report.content import ReportContent
 from nnunet_deform.comparison.report.experiment import experiment_content
 from nnunet_deform.comparison.report.page import render
 from nnunet_deform.comparison.report.results import results_content
+from nnunet_deform.comparison.report.sections import dataset_parts
 from nnunet_deform.comparison.report.tables import write_tables
 from nnunet_deform.comparison.results import Results
 
@@ -61,7 +62,8 @@ def write_report(folder: Path, content: ReportContent) -> Path:
     Returns:
         The HTML page.
     """
-    page = render(content)
-    write_tables(folder, content)
+    parts = [dataset_parts(content, dataset) for dataset in content.analysis.datasets]
+    page = render(content, parts)
+    write_tables(folder, content, parts)
     write_text(folder / "report.html", page)
     return folder / "report.html"

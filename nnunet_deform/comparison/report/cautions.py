@@ -37,6 +37,12 @@ def _of_dataset(content: ReportContent, dataset: DatasetAnalysis) -> Iterator[st
             "training failed or was too short. Differences from it say nothing about networks; the spread between "
             "methods and between seeds below is that of the other arms."
         )
+    if not content.of(dataset.dataset, dataset.configuration).patients_mapped:
+        yield (
+            f"{dataset.title}: nothing says which cases are of one patient, so each counts as a patient of its own. "
+            "Where patients have several cases, intervals are too short, and trainings may have seen patients they "
+            "are scored on."
+        )
     yield from content.of(dataset.dataset, dataset.configuration).cautions
     if content.test_of(dataset).groupby("arm")["case"].agg(frozenset).nunique() > 1:
         yield f"{dataset.title}: the arms' test scores are of different cases, so they cannot be compared."

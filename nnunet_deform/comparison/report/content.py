@@ -10,6 +10,7 @@ import pandas as pd
 
 from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis
 from nnunet_deform.comparison.cost import Cost
+from nnunet_deform.comparison.design import Design
 from nnunet_deform.comparison.metrics import Region
 from nnunet_deform.comparison.operators import Diagnostics
 
@@ -32,12 +33,15 @@ class DatasetContent:
     """What there is of one dataset beside its scores; parts that are empty are left out of the page.
 
     labels: value of each class, or values of each region, by name; ignore_label: the value that does not count;
+    tolerances: of NSD in mm, by class; patients_mapped: whether cases were told which patient they are of;
     volumes: of a case (the second argument) and an arm's out-of-fold prediction (the first), None where a file is gone;
     costs, curves: by arm; operators: what they did; cautions: what a reader must know, one sentence each.
     """
 
     labels: Mapping[str, Region] = field(default_factory=dict)
     ignore_label: int | None = None
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    patients_mapped: bool = False
     volumes: Callable[[str, str], Volumes | None] | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
@@ -62,8 +66,7 @@ class Provenance:
 @dataclass(frozen=True)
 class ReportContent:
     """
-    arms: in their order; hypotheses: pairs of them, on the ``primary`` metric; alpha: level of the hypotheses together;
-    bands: by metric, differences within +-band count as equal; draws: of the ranking's bootstrap;
+    design: what the analysis is about;
     cases, test: scores out of fold and of the test set, as :class:`collect.Collected` has them;
     datasets: by dataset and configuration, those of the analysis;
     source: the experiment file's text; command: the one that makes all this; commands: nnU-Net's;
@@ -72,12 +75,7 @@ class ReportContent:
     """
 
     name: str
-    arms: tuple[str, ...]
-    hypotheses: tuple[tuple[str, str], ...]
-    primary: str
-    alpha: float
-    bands: Mapping[str, float]
-    draws: int
+    design: Design
     analysis: Analysis
     cases: pd.DataFrame
     test: pd.DataFrame
@@ -94,7 +92,14 @@ class ReportContent:
     def of(self, dataset: str, configuration: str) -> DatasetContent:
         return self.datasets.get((dataset, configuration), DatasetContent())
 
+    def scores_of(self, dataset: DatasetAnalysis) -> pd.DataFrame:
+        """The out-of-fold scores of one dataset."""
+        return _rows_of(dataset, self.cases)
+
     def test_of(self, dataset: DatasetAnalysis) -> pd.DataFrame:
         """The test scores of one dataset."""
-        table = self.test
-        return table[(table["dataset"] == dataset.dataset) & (table["configuration"] == dataset.configuration)]
+        return _rows_of(dataset, self.test)
+
+
+def _rows_of(dataset: DatasetAnalysis, table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["dataset"] == dataset.dataset) & (table["configuration"] == dataset.configuration)]

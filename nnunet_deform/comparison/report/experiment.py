@@ -10,7 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_deform.comparison import operators
 from nnunet_deform.comparison.analysis import DatasetAnalysis, analyse
-from nnunet_deform.comparison.collect import Collected, collect, test_commands
+from nnunet_deform.comparison.collect import Collected, collect, test_commands, tolerances
 from nnunet_deform.comparison.cost import Cost, read_cost
 from nnunet_deform.comparison.declaration import declaration, differences, digest, read_declaration
 from nnunet_deform.comparison.design import design_of
@@ -43,12 +43,7 @@ def experiment_content(experiment: Experiment, folders: Folders, file: Path) -> 
     workers = experiment.resources.augmentation
     return ReportContent(
         name=experiment.name,
-        arms=design.arms,
-        hypotheses=design.hypotheses,
-        primary=design.primary,
-        alpha=design.alpha,
-        bands=design.bands,
-        draws=design.draws,
+        design=design,
         analysis=analysis,
         cases=collected.cases,
         test=collected.test,
@@ -157,6 +152,8 @@ def _dataset_content(
     return DatasetContent(
         labels=found.labels,
         ignore_label=found.ignore_label,
+        tolerances=tolerances(experiment, mine[0], found),
+        patients_mapped=experiment.dataset(dataset.dataset, dataset.configuration).patients is not None,
         volumes=_reader_of_volumes(experiment, found, of_arm, folders),
         costs=costs,
         curves=curves,

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from nnunet_deform.comparison.analysis import DatasetAnalysis, MetricAnalysis
+from nnunet_deform.comparison.analysis import DatasetAnalysis, Hypothesis, MetricAnalysis
 from nnunet_deform.comparison.cost import Cost
+from nnunet_deform.comparison.metrics import METRICS, Metric
+from nnunet_deform.comparison.parts import Part
 from nnunet_deform.comparison.ranking import Ranking
 from nnunet_deform.comparison.report.content import Curve
-from nnunet_deform.comparison.verdicts import Contrast
+from nnunet_deform.comparison.report.words import number_format, with_interval
+from nnunet_deform.comparison.verdicts import Contrast, Kind
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow and black; the blue is lighter, for
 # dark pages.
@@ -36,7 +42,6 @@ _STYLE = {
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
-_VIOLIN = {"orientation": "horizontal", "showextrema": False}
 _VIOLIN_CASES = 2  # below, a density says nothing
 
 
@@ -44,8 +49,12 @@ def colour(position: int) -> str:
     return _COLOURS[position % len(_COLOURS)]
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """Inline SVG. Identifiers get the figure's name, because all figures share the page's name space."""
+def _svg(figure: Figure, name: str, alt: str) -> str:
+    """Inline SVG.
+
+    Args:
+        name: goes before identifiers, because all figures share the page's name space; alt: what the figure shows.
+    """
     stream = io.StringIO()
     figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     svg = stream.getvalue()
@@ -55,7 +64,9 @@ def _svg(figure: Figure, name: str) -> str:
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
     # As wide as the page has room for, and no wider than drawn.
     size = re.compile(r'width="([^"]+)pt" height="[^"]+pt"')
-    return size.sub(rf'style="max-width: \1pt" role="img" aria-label="{name}"', svg, count=1)
+    drawn = size.search(svg)
+    assert drawn is not None
+    return size.sub(f'style="max-width: {drawn[1]}pt" role="img" aria-label="{html.escape(alt)}"', svg, count=1)
 
 
 def _figure(width: float, height: float, **options: object) -> tuple[Figure, np.ndarray]:
@@ -63,19 +74,89 @@ def _figure(width: float, height: float, **options: object) -> tuple[Figure, np.
     return figure, figure.subplots(squeeze=False, **options)
 
 
+def verdicts(hypotheses: Sequence[Hypothesis], band: float | None, name: str) -> str:
+    """The declared differences with their intervals, scaled to what can be compared; an arrow where one goes on."""
+    with matplotlib.rc_context(_STYLE):
+        several = len({hypothesis.title for hypothesis in hypotheses}) > 1
+        metric = next((METRICS[h.contrast.metric] for h in hypotheses if h.contrast is not None), None)
+        figure, ((axes,),) = _figure(9.2, 0.75 + (0.44 if several else 0.34) * len(hypotheses))
+        axes.axvline(0, color=_INK, linewidth=0.8)
+        if band is not None:
+            axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
+        left, right = _limits([h.contrast for h in hypotheses if _is_drawn(h)], band)
+        axes.set_xlim(left, right)
+        told = []
+        for number, hypothesis in enumerate(hypotheses):
+            row, contrast, kind = len(hypotheses) - number, hypothesis.contrast, hypothesis.verdict.kind
+            shade, marker, filled = _VERDICTS[kind]
+            label = kind.value if hypothesis.verdict.winner is None else f"{hypothesis.verdict.winner} is better"
+            axes.annotate(label, (1.01, row), xycoords=("axes fraction", "data"), va="center", color=shade)
+            pair = f"{hypothesis.first} - {hypothesis.second}" + (f" on {hypothesis.title}" if several else "")
+            if not _is_drawn(hypothesis):
+                told.append(f"{pair}, {label}")
+                continue
+            low, high = contrast.interval
+            style = "-" if contrast.trainings_known else (0, (2, 1.5))
+            axes.plot([max(low, left), min(high, right)], [row, row], color=shade, linewidth=2.2, linestyle=style)
+            for end, edge, arrow in ((low < left, left, "<"), (high > right, right, ">")):
+                if end:
+                    axes.plot(edge, row, arrow, color=shade, markersize=6, clip_on=False)
+            axes.plot(contrast.mean, row, marker, color=shade, markersize=7, fillstyle="full" if filled else "none")
+            told.append(f"{pair}, {label}: {with_interval(metric, contrast.mean, contrast.interval, '+')}")
+        labels = [f"{h.first} - {h.second}" + (f"\n{h.title}" if several else "") for h in hypotheses]
+        axes.set_yticks(range(len(hypotheses), 0, -1), labels)
+        axes.set_ylim(0.4, len(hypotheses) + 0.6)
+        if metric is not None:
+            axes.set_xlabel(f"difference in {_with_unit(metric)}, {_better(metric)} is better for the first")
+        what = "Declared differences" if metric is None else f"Declared differences in {metric.name} with intervals"
+        return _svg(figure, name, f"{what}. {'; '.join(told)}.")
+
+
+# Colour, marker, and whether it is filled: the same things are told by shape and by colour.
+_VERDICTS = {
+    Kind.BETTER: (_COLOURS[2], "D", True),
+    Kind.EQUIVALENT: (_COLOURS[0], "s", True),
+    Kind.NO_DIFFERENCE: (_COLOURS[0], "o", False),
+    Kind.UNDECIDED: (_COLOURS[1], "D", False),
+    Kind.NOT_COMPARABLE: (_COLOURS[7], "x", False),
+}
+
+
+def _is_drawn(hypothesis: Hypothesis) -> bool:
+    return hypothesis.contrast is not None and hypothesis.verdict.kind is not Kind.NOT_COMPARABLE
+
+
+def _limits(contrasts: Sequence[Contrast], band: float | None) -> tuple[float, float]:
+    """Room for every mean and the band, and for intervals up to four times as far out."""
+    band = band or 0.0
+    furthest = 4 * max([band, *(abs(c.mean) for c in contrasts)]) or 1.0
+    ends = [end for c in contrasts for end in (c.mean, *c.interval) if np.isfinite(end)]
+    low, high = max(min([-band, *ends]), -furthest), min(max([band, *ends]), furthest)
+    room = 0.05 * (high - low) or furthest
+    return low - room, high + room
+
+
+def _better(metric: Metric) -> str:
+    return "higher" if metric.higher_is_better else "lower"
+
+
+def _with_unit(metric: Metric) -> str:
+    return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
+
+
 def distributions(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) -> str:
-    """Violin, box and mean with its interval of each arm's case scores."""
+    """Violin, box and mean with its interval of each arm's case scores, scaled to the arms that learned."""
     with matplotlib.rc_context(_STYLE):
         arms = analysis.arms
-        figure, ((axes,),) = _figure(7.2, 0.8 + 0.42 * len(arms))
-        for position, (arm, scores) in enumerate(zip(arms, metric.scores, strict=True)):
+        figure, ((axes,),) = _figure(9.2, 0.7 + 0.36 * len(arms))
+        learned = [position for position, arm in enumerate(arms) if arm not in analysis.failed] or list(
+            range(len(arms))
+        )
+        shown = _frame(axes, [*metric.scores[learned].ravel(), *metric.means[learned]], metric.metric, metric.means)
+        for position in shown:
+            scores, row, shade = metric.scores[position], len(arms) - position, colour(position)
             scores = scores[~np.isnan(scores)]
-            row = len(arms) - position
-            if len(scores) > _VIOLIN_CASES and np.ptp(scores) > 0:
-                (body,) = axes.violinplot([scores], [row], orientation="horizontal", showextrema=False, widths=0.85)[
-                    "bodies"
-                ]
-                body.set(facecolor=colour(position), alpha=0.3)
+            _violin(axes, scores, row, shade, 0.85)
             pen = {"color": _INK, "linewidth": 0.8}
             axes.boxplot(
                 [scores],
@@ -86,21 +167,78 @@ def distributions(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) 
                 whiskerprops=pen,
                 capprops=pen,
                 medianprops={"color": _INK, "linewidth": 1.4},
-                flierprops={"marker": ".", "markersize": 2.5, "markeredgecolor": colour(position)},
-                label=arm,
+                flierprops={"marker": ".", "markersize": 2.5, "markeredgecolor": shade},
+                manage_ticks=False,
             )
-            low, high = metric.intervals[:, position]
-            axes.plot([low, high], [row - 0.3, row - 0.3], color=colour(position), linewidth=2)
-            axes.plot(metric.means[position], row - 0.3, "D", color=colour(position), markersize=4)
+            axes.plot(metric.intervals[:, position], [row - 0.3, row - 0.3], color=shade, linewidth=2)
+            axes.plot(metric.means[position], row - 0.3, "D", color=shade, markersize=4)
         axes.set_yticks(range(len(arms), 0, -1), arms)
-        axes.set_xlabel(_axis(metric))
-        return _svg(figure, name)
+        axes.set_ylim(0.3, len(arms) + 0.6)
+        axes.set_xlabel(f"{_with_unit(metric.metric)} of a case, {_better(metric.metric)} is better")
+        told = [
+            f"{arm} {with_interval(metric.metric, metric.means[p], metric.intervals[:, p])}, "
+            f"median case {number_format(metric.metric)(float(np.nanmedian(metric.scores[p])))}"
+            for p, arm in enumerate(arms)
+        ]
+        return _svg(figure, name, f"{metric.metric.name} of cases by arm, mean with interval: {'; '.join(told)}.")
 
 
-def _axis(metric: MetricAnalysis) -> str:
-    unit = f" ({metric.metric.unit})" if metric.metric.unit else ""
-    better = "higher" if metric.metric.higher_is_better else "lower"
-    return f"{metric.metric.name}{unit} of a case, {better} is better"
+def _violin(axes: Axes, values: np.ndarray, row: float, shade: str, width: float) -> None:
+    if len(values) > _VIOLIN_CASES and np.ptp(values) > 0:
+        (body,) = axes.violinplot([values], [row], orientation="horizontal", showextrema=False, widths=width)["bodies"]
+        body.set(facecolor=shade, alpha=0.25)
+
+
+def _frame(axes: Axes, values: Sequence[float], metric: Metric, means: Sequence[float]) -> list[int]:
+    """Limits around ``values``, and a word on each mean outside, the first one's in the uppermost row.
+
+    Returns:
+        Positions of the means inside.
+    """
+    low, high = np.nanmin(values), np.nanmax(values)
+    room = 0.04 * (high - low) or 0.01
+    low, high = low - room, high + room
+    axes.set_xlim(low, high)
+    for position, mean in enumerate(means):
+        if not low <= mean <= high:
+            left, words = mean < low, f"mean {number_format(metric)(mean)}"
+            axes.annotate(
+                f"\N{LEFTWARDS ARROW} {words}" if left else f"{words} \N{RIGHTWARDS ARROW}",
+                (0.01 if left else 0.99, len(means) - position),
+                xycoords=("axes fraction", "data"),
+                ha="left" if left else "right",
+                va="center",
+                color=colour(position),
+            )
+    return [position for position, mean in enumerate(means) if low <= mean <= high]
+
+
+def classes(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) -> str:
+    """Each arm's mean on each class with its interval, a panel a class, scaled to the arms that learned it."""
+    with matplotlib.rc_context(_STYLE):
+        arms, labels = analysis.arms, analysis.labels
+        columns = min(3, len(labels))
+        rows = -(-len(labels) // columns)
+        figure, grid = _figure(9.2, (0.75 + 0.21 * len(arms)) * rows, nrows=rows, ncols=columns, sharey=True)
+        told = []
+        for number, (axes, label) in enumerate(itertools.zip_longest(grid.flat, labels)):
+            if label is None:
+                axes.set_axis_off()
+                continue
+            means, intervals = metric.by_class[:, number], metric.by_class_intervals[..., number]
+            learned = [p for p, arm in enumerate(arms) if label not in analysis.failed.get(arm, ())] or slice(None)
+            for position in _frame(axes, [*means[learned], *intervals[:, learned].ravel()], metric.metric, means):
+                row, shade = len(arms) - position, colour(position)
+                axes.plot(intervals[:, position], [row, row], color=shade, linewidth=2)
+                axes.plot(means[position], row, "D", color=shade, markersize=4.5)
+            axes.set_yticks(range(len(arms), 0, -1), arms)
+            axes.set_ylim(0.4, len(arms) + 0.6)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.set_title(label, fontsize=9, loc="left")
+            numbers = map(number_format(metric.metric), means)
+            told.append(f"{label}: " + ", ".join(f"{arm} {mean}" for arm, mean in zip(arms, numbers, strict=True)))
+        figure.supxlabel(f"mean {_with_unit(metric.metric)}, {_better(metric.metric)} is better", fontsize=9)
+        return _svg(figure, name, f"Mean {metric.metric.name} of each class by arm. {'; '.join(told)}.")
 
 
 def paired_differences(
@@ -110,34 +248,72 @@ def paired_differences(
     band: float | None,
     name: str,
 ) -> str:
-    """Differences case by case, with mean and interval; declared pairs first and filled, with the interval of their
-    hypothesis where they have one."""
+    """Differences case by case, with mean and interval, of arms that learned; declared pairs first and filled, with the
+    interval of their hypothesis where they have one."""
     with matplotlib.rc_context(_STYLE):
-        known = [pair for pair in declared if set(pair) <= set(analysis.arms)]
+        learned = set(analysis.arms) - set(analysis.failed)
+        known = [pair for pair in declared if set(pair) <= learned]
         others = [
-            (c.first, c.second) for c in metric.contrasts if not {(c.first, c.second), (c.second, c.first)} & set(known)
+            (c.first, c.second)
+            for c in metric.contrasts
+            if {c.first, c.second} <= learned and not {(c.first, c.second), (c.second, c.first)} & set(known)
         ]
         rows = [(pair, True) for pair in known] + [(pair, False) for pair in others]
-        figure, ((axes,),) = _figure(7.2, 0.9 + 0.36 * len(rows))
+        figure, ((axes,),) = _figure(9.2, 0.75 + 0.27 * len(rows))
         axes.axvline(0, color=_INK, linewidth=0.8)
         if band is not None:
             axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
+        told = []
         for number, ((first, second), is_declared) in enumerate(rows):
             row, contrast = len(rows) - number, declared.get((first, second)) or metric.contrast(first, second)
             values = metric.case_differences(first, second)
-            values = values[~np.isnan(values)]
             shade = _COLOURS[0] if is_declared else _COLOURS[-1]
-            if len(values) > _VIOLIN_CASES and np.ptp(values) > 0:
-                (body,) = axes.violinplot([values], [row], orientation="horizontal", showextrema=False, widths=0.9)[
-                    "bodies"
-                ]
-                body.set(facecolor=shade, alpha=0.25)
+            _violin(axes, values[~np.isnan(values)], row, shade, 0.9)
             axes.plot(contrast.interval, [row, row], color=shade, linewidth=2.5)
             axes.plot(contrast.mean, row, "D", color=shade, markersize=5, fillstyle="full" if is_declared else "none")
+            told.append(
+                f"{first} - {second}{' (declared)' if is_declared else ''} "
+                f"{with_interval(metric.metric, contrast.mean, contrast.interval, '+')}"
+            )
         labels = [f"{first} - {second}" for (first, second), _ in rows]
         axes.set_yticks(range(len(rows), 0, -1), labels)
-        axes.set_xlabel(f"difference in {metric.metric.name}")
-        return _svg(figure, name)
+        axes.set_xlabel(f"difference in {_with_unit(metric.metric)}")
+        return _svg(
+            figure, name, f"Differences in {metric.metric.name} of pairs, mean with interval: {'; '.join(told)}."
+        )
+
+
+def parts(panels: Sequence[Part], metric: Metric, band: float | None, name: str) -> str:
+    """The pairs' differences in several parts, a panel each, with intervals."""
+    with matplotlib.rc_context(_STYLE):
+        pairs = list(dict.fromkeys((c.first, c.second) for part in panels for c in part.contrasts))
+        columns = min(5, len(panels))
+        height = (0.7 + 0.24 * len(pairs)) * -(-len(panels) // columns)
+        figure, grid = _figure(9.2, height, nrows=-(-len(panels) // columns), ncols=columns, sharex=True, sharey=True)
+        told = []
+        for axes, part in itertools.zip_longest(grid.flat, panels):
+            if part is None:
+                axes.set_axis_off()
+                continue
+            axes.axvline(0, color=_INK, linewidth=0.8)
+            if band is not None:
+                axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
+            for contrast in part.contrasts:
+                row = len(pairs) - pairs.index((contrast.first, contrast.second))
+                axes.plot(contrast.interval, [row, row], color=_COLOURS[0], linewidth=2)
+                axes.plot(contrast.mean, row, "D", color=_COLOURS[0], markersize=4.5, fillstyle="none")
+            axes.set_title(part.name, fontsize=9, loc="left")
+            axes.set_yticks(range(len(pairs), 0, -1), [f"{first} - {second}" for first, second in pairs])
+            axes.set_ylim(0.4, len(pairs) + 0.6)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            told += [
+                f"{part.name}, {c.first} - {c.second} {with_interval(metric, c.mean, c.interval, '+')}"
+                for c in part.contrasts
+            ]
+        axes = grid[0, 0]
+        axes.set_xlim(*_limits([c for part in panels for c in part.contrasts], band))
+        figure.supxlabel(f"difference in {_with_unit(metric)}", fontsize=9)
+        return _svg(figure, name, f"Differences in {metric.name}, mean with interval: {'; '.join(told)}.")
 
 
 def ranking_stability(arms: Sequence[str], ranking: Ranking, name: str) -> str:
@@ -155,7 +331,12 @@ def ranking_stability(arms: Sequence[str], ranking: Ranking, name: str) -> str:
         axes.set_xlim(0.4, len(arms) + 0.6)
         axes.set_ylim(-len(arms) + 0.4, 0.6)
         axes.set_xlabel("rank")
-        return _svg(figure, name)
+        told = [
+            f"{arms[arm]} rank {ranking.ranks[arm]:g}, {ranking.rank_interval[0, arm]:g} to "
+            f"{ranking.rank_interval[1, arm]:g}"
+            for arm in order
+        ]
+        return _svg(figure, name, f"Ranks in the whole sample and in 95 % of bootstrap samples: {'; '.join(told)}.")
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
@@ -182,8 +363,8 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
             ("multiply-adds per patch (G)", [costs[arm].macs / 1e9 for arm in arms]),
             ("peak memory of a step (GB)", [costs[arm].peak_bytes / 1e9 for arm in arms]),
         )
-        figure, grid = _figure(7.2, 5.6, nrows=2, ncols=2, sharey=True)
-        sign = 1 if metric.metric.higher_is_better else -1
+        figure, grid = _figure(9.2, 4.6, nrows=2, ncols=2, sharey=True)
+        sign, told = 1 if metric.metric.higher_is_better else -1, []
         for axes, (label, values) in zip(grid.flat, panels, strict=True):
             for arm, position, value in zip(arms, where, values, strict=True):
                 mean, (low, high) = metric.means[position], metric.intervals[:, position]
@@ -196,6 +377,7 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
                     label=arm,
                 )
             front = pareto_front(values, [sign * metric.means[position] for position in where])
+            told.append(f"{label}: {', '.join(f'{arms[p]} at {values[p]:.3g}' for p in front)}")
             axes.plot(
                 [values[p] for p in front],
                 [metric.means[where[p]] for p in front],
@@ -213,7 +395,9 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
         for axes in grid[:, 0]:
             axes.set_ylabel(f"mean {metric.metric.name}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        return _svg(figure, name)
+        return _svg(
+            figure, name, f"Mean {metric.metric.name} against cost. Beaten by no other in both: {'; '.join(told)}."
+        )
 
 
 def read_curve(folder: Path) -> Curve:
@@ -233,8 +417,12 @@ def read_curve(folder: Path) -> Curve:
 def learning_curves(arms: Sequence[str], curves: Mapping[str, Sequence[Curve]], name: str) -> str:
     """Loss over epochs: each training thin; training solid, validation dashed."""
     with matplotlib.rc_context(_STYLE):
-        figure, ((axes,),) = _figure(7.2, 3.2)
+        figure, ((axes,),) = _figure(9.2, 3.0)
+        told = []
         for position, arm in enumerate(arms):
+            if ends := [(train[-1], validation[-1]) for _, train, validation in curves.get(arm, ())]:
+                train_end, validation_end = np.mean(ends, axis=0)
+                told.append(f"{arm} {train_end:.3f} and {validation_end:.3f}")
             for number, (epochs, train, validation) in enumerate(curves.get(arm, ())):
                 style = {"color": colour(position), "linewidth": 1, "marker": "." if len(epochs) < 20 else None}
                 axes.plot(epochs, train, label=arm if number == 0 else None, **style)
@@ -243,7 +431,11 @@ def learning_curves(arms: Sequence[str], curves: Mapping[str, Sequence[Curve]], 
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss (validation dashed)")
         figure.legend(loc="outside lower center", ncols=4)
-        return _svg(figure, name)
+        return _svg(
+            figure,
+            name,
+            f"Losses over epochs; at the end, mean of an arm's training and validation: {'; '.join(told)}.",
+        )
 
 
 Panel = tuple[str, float | None, Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]]]
@@ -257,8 +449,9 @@ def operator_values(arms: Sequence[str], panels: Sequence[Panel], name: str) -> 
         panels: title, limit or None, and by arm the epochs and values of each training.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, grid = _figure(7.2, 0.4 + 2.2 * len(panels), nrows=len(panels), sharex=True)
+        figure, grid = _figure(9.2, 0.4 + 1.8 * len(panels), nrows=len(panels), sharex=True)
         labelled: set[str] = set()
+        told = []
         for axes, (title, limit, curves) in zip(grid[:, 0], panels, strict=True):
             for position, arm in enumerate(arms):
                 for epochs, values in curves.get(arm, ()):
@@ -275,18 +468,20 @@ def operator_values(arms: Sequence[str], panels: Sequence[Panel], name: str) -> 
                     labelled.add(arm)
             if limit is not None:
                 axes.axhline(limit, color=_INK, linestyle="--", linewidth=0.8)
+            ends = {arm: np.median([v[-1] for _, v in curves[arm]]) for arm in arms if arm in curves}
+            told.append(f"{title}: " + ", ".join(f"{arm} {end:.3g}" for arm, end in ends.items()))
             axes.set_ylim(bottom=0)
             axes.set_title(title, fontsize=9, loc="left")
         grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[-1, 0].set_xlabel("epoch")
         figure.legend(loc="outside lower center", ncols=4)
-        return _svg(figure, name)
+        return _svg(figure, name, f"Over epochs; median of an arm's trainings at the end. {'; '.join(told)}.")
 
 
 def overlay(
     image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, labels: Sequence[int], spacing: Sequence[float]
 ) -> str:
-    """One slice as a PNG data URL: truth filled, prediction as lines.
+    """One slice as a PNG data URL: truth filled, prediction as lines, each label in its :func:`colour`.
 
     Args:
         image: [Y, X]; truth, prediction: label maps [Y, X]; labels: their values; spacing: mm, (y, x).

@@ -36,12 +36,7 @@ def results_content(results: Results, table: pd.DataFrame, command: str) -> Repo
     histories = _histories(results)
     return ReportContent(
         name=f"{results.dataset}: {' and '.join(design.arms)}",
-        arms=design.arms,
-        hypotheses=design.hypotheses,
-        primary=design.primary,
-        alpha=design.alpha,
-        bands=design.bands,
-        draws=design.draws,
+        design=design,
         analysis=analyse(design, table, {}),
         cases=table,
         test=pd.DataFrame(columns=columns()),
@@ -49,6 +44,8 @@ def results_content(results: Results, table: pd.DataFrame, command: str) -> Repo
             (results.dataset, results.configuration): DatasetContent(
                 labels=results.description.classes.labels,
                 ignore_label=results.description.classes.ignore_label,
+                tolerances=results.tolerances,
+                patients_mapped=results.patients_given,
                 volumes=_reader_of_volumes(results),
                 curves=curves,
                 operators=operators.diagnose({t.arm: t.source.trainer for t in results.trainings}, histories),

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis, Hypothesis, MetricAnalysis
+from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis, Hypothesis
 from nnunet_deform.comparison.files import write_text
-from nnunet_deform.comparison.metrics import METRICS, Metric
+from nnunet_deform.comparison.metrics import METRICS
+from nnunet_deform.comparison.parts import SizePart
 from nnunet_deform.comparison.report.content import ReportContent
-from nnunet_deform.comparison.report.words import p_value, sentence
+from nnunet_deform.comparison.report.sections import DatasetParts
+from nnunet_deform.comparison.report.words import number_format, p_value, sentence, with_interval
 from nnunet_deform.comparison.verdicts import Contrast
 
 
-def write_tables(folder: Path, content: ReportContent) -> None:
-    """Write cases.parquet and .csv, arms.csv and .tex, contrasts.csv, hypotheses.csv and .tex, and operators.csv."""
+def write_tables(folder: Path, content: ReportContent, parts: Sequence[DatasetParts]) -> None:
+    """Write cases.parquet and .csv, arms.csv and .tex, contrasts.csv, parts.csv, hypotheses.csv and .tex where any are
+    declared, and operators.csv where operators wrote of themselves.
+
+    Args:
+        parts: of each dataset of the analysis.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     analysis = content.analysis
     everything = pd.concat([content.cases.assign(set="out of fold"), content.test.assign(set="test")])
@@ -28,12 +34,17 @@ def write_tables(folder: Path, content: ReportContent) -> None:
     arms.to_csv(folder / "arms.csv", index=False)
     contrasts = pd.DataFrame([row for dataset in analysis.datasets for row in _contrast_rows(dataset)])
     contrasts.to_csv(folder / "contrasts.csv", index=False)
-    hypotheses = pd.DataFrame([_hypothesis_row(h, content.bands[content.primary]) for h in analysis.hypotheses])
-    hypotheses.to_csv(folder / "hypotheses.csv", index=False)
+    rows = [row for d, of_dataset in zip(analysis.datasets, parts, strict=True) for row in _part_rows(d, of_dataset)]
+    pd.DataFrame(rows).to_csv(folder / "parts.csv", index=False)
     _write_latex(folder / "arms.tex", _latex_arms(analysis))
-    cells = pd.DataFrame([hypothesis_cells(hypothesis) for hypothesis in analysis.hypotheses])
-    names = hypotheses[["dataset", "configuration", "first", "second"]]
-    _write_latex(folder / "hypotheses.tex", pd.concat([names, cells], axis=1))
+    if analysis.hypotheses:
+        hypotheses = pd.DataFrame(
+            [_hypothesis_row(h, content.design.bands[content.design.primary]) for h in analysis.hypotheses]
+        )
+        hypotheses.to_csv(folder / "hypotheses.csv", index=False)
+        cells = pd.DataFrame([hypothesis_cells(hypothesis) for hypothesis in analysis.hypotheses])
+        names = hypotheses[["dataset", "configuration", "first", "second"]]
+        _write_latex(folder / "hypotheses.tex", pd.concat([names, cells], axis=1))
     if content.operators is not None:
         content.operators.to_csv(folder / "operators.csv", index=False)
 
@@ -83,6 +94,29 @@ def _contrast_rows(dataset: DatasetAnalysis) -> list[dict[str, Any]]:
                 }
                 rows.append({**row, "p Holm over pairs": metric.p_holm[position]} if label == "all" else row)
     return rows
+
+
+def _part_rows(dataset: DatasetAnalysis, parts: DatasetParts) -> Iterator[dict[str, Any]]:
+    """Each pair in each fold, on structures of each size and on the test set."""
+    kinds = (("fold", parts.folds), ("size", parts.sizes), ("test set", parts.test.values()))
+    for kind, of_kind in kinds:
+        for part in of_kind:
+            sized = isinstance(part, SizePart)
+            for c in part.contrasts:
+                yield {
+                    "dataset": dataset.dataset,
+                    "configuration": dataset.configuration,
+                    "of": kind,
+                    "part": part.name,
+                    "class": (part.label or "all") if sized else "all",
+                    "structures": part.structures if sized else None,
+                    "smallest (voxels)": part.voxels[0] if sized else None,
+                    "largest (voxels)": part.voxels[1] if sized else None,
+                    "metric": c.metric,
+                    "first": c.first,
+                    "second": c.second,
+                    **_figures_of(c),
+                }
 
 
 def _figures_of(c: Contrast) -> dict[str, float | bool]:
@@ -153,16 +187,6 @@ def _latex_arms(analysis: Analysis) -> pd.DataFrame:
         for position, arm in enumerate(dataset.arms):
             row = {"dataset": dataset.dataset, "configuration": dataset.configuration, "arm": arm}
             for name, metric in dataset.metrics.items():
-                row[name] = with_interval(metric, position)
+                row[name] = with_interval(metric.metric, metric.means[position], metric.intervals[:, position])
             rows.append(row)
     return pd.DataFrame(rows, columns=["dataset", "configuration", "arm", *METRICS])
-
-
-def with_interval(metric: MetricAnalysis, position: int) -> str:
-    number = number_format(metric.metric)
-    low, high = metric.intervals[:, position]
-    return f"{number(metric.means[position])} [{number(low)}, {number(high)}]"
-
-
-def number_format(metric: Metric, sign: str = "") -> Callable[[float], str]:
-    return lambda value: "-" if math.isnan(value) else f"{value:{sign}.{metric.decimals}f}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 from nnunet_deform.comparison.analysis import Analysis, Hypothesis
-from nnunet_deform.comparison.metrics import METRICS
+from nnunet_deform.comparison.metrics import METRICS, Metric
 from nnunet_deform.comparison.verdicts import REQUIRED_PATIENTS, Contrast, Kind, Reason
 
 
@@ -17,6 +20,21 @@ def with_p(p: float, name: str = "p") -> str:
     return f"{name} {words}" if words.startswith("<") else f"{name} = {words}"
 
 
+def number_format(metric: Metric, sign: str = "") -> Callable[[float], str]:
+    """With the metric's decimals; a dash for NaN. ``sign`` is "+" for differences."""
+
+    def number(value: float) -> str:
+        # Adding zero takes the sign from what is rounded to -0.
+        return "-" if math.isnan(value) else f"{round(value, metric.decimals) + 0.0:{sign}.{metric.decimals}f}"
+
+    return number
+
+
+def with_interval(metric: Metric, value: float, interval: Sequence[float], sign: str = "") -> str:
+    number = number_format(metric, sign)
+    return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} more {noun}" + ("" if number == 1 else "s")
 
@@ -24,10 +42,7 @@ def _count(number: int, noun: str) -> str:
 def numbers(contrast: Contrast) -> str:
     metric = METRICS[contrast.metric]
     unit = f" {metric.unit}" if metric.unit else ""
-
-    def signed(value: float) -> str:
-        return f"{value:+.{metric.decimals}f}"
-
+    signed = number_format(metric, "+")
     low, high = contrast.interval
     family = "" if contrast.family == 1 else f" for all {contrast.family} hypotheses together"
     about = "" if contrast.trainings_known else " of these trainings alone"
@@ -85,9 +100,24 @@ def _what_is_missing(hypothesis: Hypothesis) -> str:
     return " and ".join(parts)
 
 
+def _some(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def scope(analysis: Analysis) -> str:
+    """What was compared on what."""
+    return "; ".join(
+        f"{_some(len(d.arms) + len(d.incomplete), 'arm')} on {_some(len(d.cases), 'case')} of "
+        f"{_some(len(set(d.patients)), 'patient')} of {d.title}, {_some(sum(d.trainings.values()), 'training')}"
+        for d in analysis.datasets
+    )
+
+
 def summary(analysis: Analysis) -> str:
     """What may be said, in a few short sentences."""
     total = len(analysis.hypotheses)
+    if not total:
+        return "No comparison was declared, so nothing is decided; all differences are exploratory."
     parts = [
         f"{h.verdict.winner} is better than {h.second if h.verdict.winner == h.first else h.first} on {h.title}"
         for h in analysis.hypotheses
@@ -98,7 +128,7 @@ def summary(analysis: Analysis) -> str:
         for h in analysis.hypotheses
         if h.verdict.kind is Kind.EQUIVALENT
     ]
-    of_total = f"{total} declared comparison" + ("" if total == 1 else "s")
+    of_total = _some(total, "comparison")
     for kind, words in (
         (Kind.NO_DIFFERENCE, "No difference is shown in"),
         (Kind.UNDECIDED, "Undecided for want of trainings or patients:"),
