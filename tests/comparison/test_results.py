@@ -324,7 +324,7 @@ def test_an_existing_folder_is_not_touched(models, tmp_path):
 def test_a_report_that_fails_leaves_nothing(models, tmp_path, monkeypatch):
     from nnunet_deform.comparison.report import build
 
-    def full(folder, content):
+    def full(folder, content, parts):
         (folder / "deep").mkdir(parents=True)
         raise KeyboardInterrupt
 
