@@ -150,26 +150,10 @@ def _decide(
     family: int,
 ) -> tuple[Contrast | None, Verdict]:
     """Of a declared pair, from the scores of its two arms alone."""
-    scores = Scores(table[table["arm"].isin((first, second))], (first, second))
+    scores = pair_scores(table, first, second)
     metric = METRICS[design.primary]
     lacking = {t: why for t, why in missing.items() if t.arm in (first, second)}
-    alike = design.starts_alike(first, second)
-    contrast = None
-    if len(scores.table):
-        values = scores.of_cases(metric.name)[..., :1]
-        of_first, of_second = scores.of_pair(values, first, second, alike)
-        if of_first:
-            (contrast,) = contrasts(
-                of_first,
-                of_second,
-                names=(first, second),
-                metric=metric.name,
-                cases=_common_cases(scores, first, second, alike),
-                paired_starts=alike,
-                alpha=design.alpha,
-                family=family,
-                band=design.bands[metric.name],
-            )
+    contrast = next(iter(pair_contrasts(design, scores, family)), None)
     trained = set(scores.table["arm"])
     crashed = {
         arm: {}
@@ -184,6 +168,34 @@ def _decide(
     if lacking or contrast is None:
         return contrast, Verdict(Kind.UNDECIDED, reason=Reason.MISSING, missing=words)
     return contrast, judge(contrast, higher_is_better=metric.higher_is_better)
+
+
+def pair_scores(table: pd.DataFrame, first: str, second: str) -> Scores:
+    """Of these two arms alone, whatever else the table of a dataset holds."""
+    return Scores(table[table["arm"].isin((first, second))], (first, second))
+
+
+def pair_contrasts(design: Design, scores: Scores, family: int) -> list[Contrast]:
+    """What a declared pair's verdicts rest on: of the primary metric, one for each question of :func:`pair_scores`,
+    each at the level that one of ``family`` hypotheses has; none where the arms have no fold in common."""
+    first, second = scores.arms
+    if scores.table.empty:
+        return []
+    alike = design.starts_alike(first, second)
+    of_first, of_second = scores.of_pair(scores.of_cases(design.primary), first, second, alike)
+    if not of_first:
+        return []
+    return contrasts(
+        of_first,
+        of_second,
+        names=(first, second),
+        metric=design.primary,
+        cases=_common_cases(scores, first, second, alike),
+        paired_starts=alike,
+        alpha=design.alpha,
+        family=family,
+        band=design.bands[design.primary],
+    )
 
 
 def _common_cases(scores: Scores, first: str, second: str, paired_starts: bool) -> int:

@@ -1,5 +1,7 @@
 """A quick look at what benchmarks/verdicts.py shows at length: errors stay nominal, and the simulation is not blind."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,28 @@ def test_verdicts_are_counted_as_they_are_given():
         verdict = judge(contrast, higher_is_better=True)
         assert {1: "A", -1: "B", 0: None}[winners[pair]] == verdict.winner
         assert (verdict.kind is Kind.BETTER) == (winners[pair] != 0)
+
+
+def test_beside_other_arms_the_analysis_gives_the_verdicts_that_are_counted_without_them():
+    world = World(31, "skewed", training_sds=(0.05, 0.3), others=True)
+    ((first, second, result),) = experiments(world, 40 * 6)
+    table = simulation._table(world, first, second, np.random.default_rng(0))
+    assert len(set(table["arm"])) == 12 + len(simulation.OTHERS)
+    shift, band = simulation._ideal(world, 0.05 / 6)
+    for true in (0.0, shift, -shift):
+        found = simulation._verdicts(simulation._declare(world, 6, band), table, true)
+        winners = simulation._winners(result, first, second, true, 0.05 / 6).reshape(6, 40)
+        equivalent = (replace(result, mean=result.mean + true).p_outside(band) < 0.05 / 6).reshape(6, 40)
+        assert equivalent.any() or true
+        np.testing.assert_array_equal(found == simulation._EQUIVALENT, equivalent)
+        np.testing.assert_array_equal(np.where(np.abs(found) == 1, found, 0), np.where(equivalent, 0, winners))
+
+
+def test_errors_are_nominal_beside_other_arms():
+    rates = simulate(World(30, "normal", others=True), 60)
+    for of_family in rates.values():
+        assert max(of_family.false_winner, of_family.false_equivalence) < _limit(0.06, 60)
+        assert of_family.winner > 0.5
 
 
 def test_a_test_that_knows_nothing_of_trainings_is_caught(monkeypatch):
