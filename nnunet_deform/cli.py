@@ -503,7 +503,7 @@ def compare_init(
 ) -> None:
     """Write a good first experiment file for a dataset."""
     with _comparison_errors():
-        from nnunet_deform.comparison.experiment import default_experiment, parse_experiment
+        from nnunet_deform.comparison.experiment_file import default_experiment, parse_experiment
         from nnunet_deform.comparison.files import write_text
 
         if output.exists():
@@ -512,7 +512,29 @@ def compare_init(
         text = default_experiment(identifier, output, configuration=configuration, device=device)
         parse_experiment(text, output)  # the options may not fit
         write_text(output, text)
-    print(f"Wrote {output}. Look at its arms and hypotheses, then: nnunet-deform compare run {output}")
+    print(f"Wrote {output}. Look at its arms and hypotheses, then: nnunet-deform compare check {output}")
+
+
+@compare.command("check")
+def compare_check(
+    file: _ExperimentFile,
+    patient_sd: Annotated[
+        float | None,
+        typer.Option("--patient-sd", min=0, help="SD of patients' differences, in the primary metric's unit."),
+    ] = None,
+    training_sd: Annotated[
+        float | None,
+        typer.Option("--training-sd", min=0, help="SD between trainings of one arm on one fold, in the same unit."),
+    ] = None,
+) -> None:
+    """Find what is wrong before anything runs, and tell time, disk space and what differences can be found."""
+    with _opened_comparison(file) as comparison:
+        from nnunet_deform.comparison.check import check_experiment
+        from nnunet_deform.comparison.outlook import describe, look_ahead
+
+        checked = check_experiment(comparison.source, comparison.folders)
+        lines = describe(look_ahead(checked, patient_sd=patient_sd, training_sd=training_sd))
+    print("\n".join([f"{file}: nothing is wrong.", *lines]))
 
 
 @compare.command("run")
@@ -521,8 +543,7 @@ def compare_run(file: _ExperimentFile, accept_versions: _AcceptVersions = False)
     with _opened_comparison(file, accept_versions=accept_versions) as comparison:
         from nnunet_deform.comparison.report import build_report
 
-        with comparison.locked():
-            failures = comparison.run()
+        failures = comparison.run()
         page = build_report(file)
     print(f"Report: {page}")
     if failures:
@@ -540,7 +561,7 @@ def compare_jobs(file: _ExperimentFile) -> None:
 @compare.command("prepare")
 def compare_prepare(file: _ExperimentFile) -> None:
     """Only plan, preprocess and write the folds: the first job on a cluster."""
-    with _opened_comparison(file) as comparison, comparison.locked():
+    with _opened_comparison(file) as comparison:
         comparison.prepare()
 
 
@@ -552,9 +573,7 @@ def compare_train(
 ) -> None:
     """Train, validate and score one training: one job on a cluster. A finished one is left alone."""
     with _opened_comparison(file, accept_versions=accept_versions) as comparison:
-        training = comparison.find_training(job)
-        with comparison.locked(training.key):
-            comparison.train(training)
+        comparison.train_alone(comparison.find_training(job))
 
 
 _Arm = Annotated[

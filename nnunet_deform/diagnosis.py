@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import nnunetv2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
 from nnunet_deform import __version__, activation, trainers
 from nnunet_deform.trainers.checkpoints import checkpoint_versions
 from nnunet_deform.trainers.variants import RateError, find_trainer
@@ -44,13 +47,37 @@ def lookup(name: str) -> type | None:
         except Exception as error:  # the user's modules are imported, which may raise anything
             if isinstance(error, RuntimeError) and str(error).startswith("Could not find requested nnunet trainer"):
                 return None
-            files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-            folders = [os.path.join(path, "") for path in activation.configured_paths()]
-            mine = [file for file in files if any(file.startswith(folder) for folder in folders)]
-            raise BrokenLookup(
-                f"nnU-Net's look-up breaks off in {mine[-1] if mine else files[-1]} ({type(error).__name__}: {error}); "
-                f"it imports the modules of every folder in {activation.VARIABLE}, so mend this one or take it away."
-            ) from error
+            raise BrokenLookup(_where_it_breaks_off(error)) from error
+
+
+def _where_it_breaks_off(error: Exception) -> str:
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    folders = [os.path.join(path, "") for path in activation.configured_paths()]
+    mine = [file for file in files if any(file.startswith(folder) for folder in folders)]
+    return (
+        f"nnU-Net's look-up breaks off in {mine[-1] if mine else files[-1]} ({type(error).__name__}: {error}); "
+        f"it imports the modules of every folder in {activation.VARIABLE}, so mend this one or take it away."
+    )
+
+
+def variant_problem(name: str, variant: str) -> str | None:
+    """Why a trainer cannot be used by an experiment, which adds suffixes to its name, whether the plugin is active here
+    or not; None where it can.
+
+    Args:
+        variant: ``name`` with the experiment's suffixes.
+    """
+    try:
+        # nnU-Net prints where it searches.
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = find_trainer(variant)
+    except AttributeError:
+        return explain_missing_trainer(name)
+    except Exception as error:  # the user's modules are imported, which may raise anything
+        return _where_it_breaks_off(error)
+    if not issubclass(found, nnUNetTrainer):
+        return f"{name} is a class in a folder of {activation.VARIABLE}, but no nnUNetTrainer."
+    return None
 
 
 def trainer_problem(name: str) -> str | None:
@@ -74,7 +101,7 @@ def explain_missing_trainer(name: str) -> str:
     except RateError as error:
         return f"{name} cannot be: {error}"
     except AttributeError:
-        known = difflib.get_close_matches(base, trainers.__all__, n=1, cutoff=0.8)
+        known = difflib.get_close_matches(base, _known_trainers(), n=1, cutoff=0.9)
         hint = f" (did you mean {known[0]}?)" if known else ""
         return (
             f"{name} is neither a trainer of nnunet-deform or nnU-Net nor a variant of one{hint}; if it is your own, "
@@ -86,6 +113,16 @@ def explain_missing_trainer(name: str) -> str:
             f"{ordered}."
         )
     return f"{name} is ours, but nnU-Net cannot find it, because the plugin is not active here."
+
+
+def _known_trainers() -> list[str]:
+    """Ours, nnU-Net's and the user's, by the files' text, because importing them all would take long."""
+    folders = [Path(nnunetv2.__path__[0], "training", "nnUNetTrainer"), *map(Path, activation.configured_paths())]
+    texts = (file.read_text(encoding="utf-8", errors="replace") for folder in folders for file in folder.rglob("*.py"))
+    return [
+        *trainers.__all__,
+        *(name for text in texts for name in re.findall(r"^class (nnUNetTrainer\w*)", text, re.M)),
+    ]
 
 
 def plan_problems() -> list[str]:

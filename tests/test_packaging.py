@@ -53,6 +53,7 @@ def test_the_wheel_holds_every_module_and_nothing_at_top_level(unpacked_wheel):
     assert (unpacked_wheel / "nnunet_deform" / "py.typed").exists()
     comparison = unpacked_wheel / "nnunet_deform" / "comparison"
     assert (comparison / "report" / "template.html").exists()
+    assert (comparison / "template.yaml").exists()
     assert {p.name for p in (comparison / "workflow").iterdir() if p.suffix != ".py"} >= {
         *("Snakefile", "local.yaml", "slurm.yaml"),
     }

@@ -206,23 +206,23 @@ def noncentrality(freedom: float, alpha: float, power: float = 0.8) -> float:
 class Plan:
     """What a comparison of two arms is going to have, in the metric's unit.
 
-    patients, patient_sd: their number, and the SD of their differences; folds, seeds: trainings of either arm;
-    training_sds: between trainings of one arm on one fold, of either arm, or with paired starts of the differences of
-    the same fold and seed, one figure; family: number of hypotheses; alpha: level of them together.
+    patients, patient_sd: their number, and the SD of their differences; seeds: of each sample of trainings, how many
+    there are on each fold, and folds are equally large; training_sds: of each sample, between trainings on one fold.
+    Samples are the two arms, or with paired starts the differences of the same fold and seed alone; family: number of
+    hypotheses; alpha: level of them together.
     """
 
     patients: int
     patient_sd: float
-    folds: int
-    seeds: int
+    seeds: tuple[tuple[int, ...], ...]
     training_sds: tuple[float, ...]
     family: int = 1
     alpha: float = 0.05
 
     @property
-    def training_freedom(self) -> int:
+    def training_freedoms(self) -> tuple[int, ...]:
         """Of each sample of trainings."""
-        return self.folds * (self.seeds - 1)
+        return tuple(sum(sample) - len(sample) for sample in self.seeds)
 
     @property
     def se(self) -> float:
@@ -232,15 +232,16 @@ class Plan:
     @property
     def detectable(self) -> float:
         """The difference that is found in four of five experiments; NaN where trainings are not repeated."""
-        if self.training_freedom < 1 or self.patients <= self.folds:
+        folds = len(self.seeds[0])
+        if min(self.training_freedoms) < 1 or self.patients <= folds:
             return float("nan")
         parts = self._parts()
-        freedom = self.training_freedom
-        heavier = np.array([parts[0], *(parts[1:] * freedom / max(1, freedom - 2))])
-        freedoms = np.array([self.patients - self.folds, *[freedom] * len(self.training_sds)])
+        of_trainings = np.array(self.training_freedoms)
+        heavier = np.array([parts[0], *(parts[1:] * of_trainings / np.maximum(1, of_trainings - 2))])
+        freedoms = np.array([self.patients - folds, *of_trainings])
         combined = heavier.sum() ** 2 / (heavier**2 / freedoms).sum()
         return self.se * noncentrality(float(combined), self.alpha / self.family)
 
     def _parts(self) -> np.ndarray:
-        of_trainings = np.square(self.training_sds) / (self.folds * self.seeds)
-        return np.array([self.patient_sd**2 / self.patients, *of_trainings])
+        weights = [np.sum(1 / np.array(sample)) / len(sample) ** 2 for sample in self.seeds]
+        return np.array([self.patient_sd**2 / self.patients, *np.square(self.training_sds) * weights])

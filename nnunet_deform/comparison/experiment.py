@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from nnunet_deform.comparison.metrics import METRICS
 
@@ -20,7 +26,7 @@ _LENGTH_OR_SEED = re.compile(r"_(\d+epochs|\d+iters|seed\d+|unmirrored)(?=_|$)")
 
 MOST_HYPOTHESES = 6
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*$")]
+Place = tuple[int | str, ...]
 
 
 def _known_metric(name: str) -> str:
@@ -36,8 +42,49 @@ class ExperimentError(ValueError):
     """The experiment file cannot be used; one line for each fault, ``file:line: place: what is wrong``."""
 
 
+class SettingError(ValueError):
+    """What is wrong with settings; places start from the one that is checked."""
+
+    def __init__(self, *faults: tuple[Place, str]) -> None:
+        super().__init__(
+            "; ".join(f"{'.'.join(map(str, place))}: {words}" if place else words for place, words in faults)
+        )
+        self.faults = faults
+
+
+def _fold(fold: Any) -> Any:
+    if fold == "all":
+        raise SettingError(
+            (
+                (),
+                "fold 'all' trains on every case, so nothing is left to score it on; give numbers, for example "
+                "[0, 1, 2, 3, 4].",
+            )
+        )
+    return fold
+
+
+def _folds(folds: Any) -> Any:
+    # What a function has returned is Python's, no longer JSON's, and a list is then no tuple.
+    return tuple(folds) if isinstance(folds, list) else _fold(folds)
+
+
+def _pair(pair: Any) -> Any:
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(arm, str) for arm in pair):
+        raise SettingError(((), "a hypothesis is a pair of arms, such as [new, stock]."))
+    return tuple(pair)
+
+
+# Upper bounds are far above what anyone trains; beyond are slips, which would fail much later.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*(_[A-Za-z0-9.+-]+)*$", max_length=80)]
+Fold = Annotated[int, Field(ge=0, le=999), BeforeValidator(_fold)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Pair = Annotated[tuple[str, str], BeforeValidator(_pair)]
+Millimetres = Annotated[float, Field(gt=0, le=1000)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dataset(_Strict):
@@ -48,22 +95,43 @@ class Dataset(_Strict):
 
     id: int | str
     configuration: Name = "3d_fullres"
-    batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=10_000)] | None = None
     patients: Path | None = None
-    splits: Annotated[int, Field(ge=2)] = 5
-    tolerance: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    splits: Annotated[int, Field(ge=2, le=1000)] = 5
+    tolerance: Millimetres | dict[str, Millimetres] | None = None
     test: bool = False
 
-    @field_validator("id")
+    @field_validator("id", mode="before")
     @classmethod
-    def _number_or_full_name(cls, identifier: int | str) -> int | str:
-        if isinstance(identifier, str) and identifier.isdigit():
-            return int(identifier)
-        if isinstance(identifier, str) and not _DATASET.fullmatch(identifier):
-            raise ValueError(
-                f"{identifier!r} is neither a dataset's number nor its full name, such as Dataset004_Hippocampus."
+    def _number_or_full_name(cls, identifier: Any) -> Any:
+        if isinstance(identifier, str) and identifier.isdecimal() and len(identifier) <= 5:
+            identifier = int(identifier)
+        number = type(identifier) is int and 0 < identifier < 1000
+        if not number and not (isinstance(identifier, str) and _DATASET.fullmatch(identifier)):
+            given = "this" if isinstance(identifier, list | dict | None) else repr(identifier)
+            raise SettingError(
+                (
+                    (),
+                    f"{given} is neither a dataset's number, from 1 to 999, nor its full name, such as "
+                    "Dataset004_Hippocampus.",
+                )
             )
         return identifier
+
+    @field_validator("tolerance", mode="before")
+    @classmethod
+    def _one_or_one_a_class(cls, tolerance: Any) -> Any:
+        each = tolerance if isinstance(tolerance, dict) else {None: tolerance}
+        faults = []
+        for label, value in each.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if tolerance is not None and not (number and 0 < value <= 1000):
+                given = "this" if isinstance(value, list | dict | None) else repr(value)
+                words = f"{given} is no tolerance; give millimetres, one number or one for each class."
+                faults.append((() if label is None else (label,), words))
+        if faults:
+            raise SettingError(*faults)
+        return tolerance
 
 
 class Arm(_Strict):
@@ -89,9 +157,9 @@ class Arm(_Strict):
 class Seeds(_Strict):
     """first: for every arm and fold; repeats: further seeds, on ``folds`` (None: all), for ``arms`` (None: all)."""
 
-    first: Annotated[int, Field(ge=0)] = 1
-    repeats: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    folds: tuple[int, ...] | None = None
+    first: Seed = 1
+    repeats: tuple[Seed, ...] = ()
+    folds: Annotated[tuple[Fold, ...] | None, BeforeValidator(_folds)] = None
     arms: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
@@ -104,8 +172,8 @@ class Seeds(_Strict):
 class Budget(_Strict):
     """The same for every arm. None: each trainer's own."""
 
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    iterations: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    iterations: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
     @model_validator(mode="after")
     def _iterations_need_epochs(self) -> Budget:
@@ -120,16 +188,16 @@ class Statistics(_Strict):
 
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     band: Annotated[float, Field(gt=0)] | None = None
-    draws: Annotated[int, Field(ge=1000)] = 10_000
-    seed: Annotated[int, Field(ge=0)] = 0
+    draws: Annotated[int, Field(ge=1000, le=1_000_000)] = 10_000
+    seed: Seed = 0
 
 
 class Resources(_Strict):
     """processes: of preprocessing, export and scoring; augmentation: worker processes of a training, 0 for bit-equal
     runs, None as nnU-Net chooses."""
 
-    processes: Annotated[int, Field(ge=1)] = 1
-    augmentation: Annotated[int, Field(ge=0)] | None = None
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    augmentation: Annotated[int, Field(ge=0, le=1024)] | None = None
 
 
 class Experiment(_Strict):
@@ -143,12 +211,12 @@ class Experiment(_Strict):
     name: Name
     datasets: Annotated[tuple[Dataset, ...], Field(min_length=1)]
     arms: Annotated[tuple[Arm, ...], Field(min_length=2)]
-    folds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    folds: Annotated[tuple[Fold, ...], Field(min_length=1), BeforeValidator(_folds)] = (0, 1, 2, 3, 4)
     seeds: Seeds = Seeds()
     budget: Budget = Budget()
     mirroring: bool = True
     primary: MetricName = "Dice"
-    hypotheses: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
+    hypotheses: Annotated[tuple[Pair, ...], Field(min_length=1)]
     statistics: Statistics = Statistics()
     device: Literal["cuda", "cpu", "mps"] = "cuda"
     resources: Resources = Resources()
@@ -157,18 +225,6 @@ class Experiment(_Strict):
     preprocessed: Path | None = None
     results: Path | None = None
     output: Path | None = None
-
-    @field_validator("folds", mode="before")
-    @classmethod
-    def _no_fold_all(cls, folds: Any) -> Any:
-        if folds == "all" or (isinstance(folds, list) and "all" in folds):
-            raise ValueError(
-                "fold 'all' trains on every case, so nothing is left to score it on; give numbers, for example "
-                "[0, 1, 2, 3, 4]."
-            )
-        if isinstance(folds, list) and len(set(map(str, folds))) != len(folds):
-            raise ValueError(f"{folds} names a fold twice.")
-        return folds
 
     @field_validator("checkpoint", mode="before")
     @classmethod
@@ -189,43 +245,44 @@ class Experiment(_Strict):
             )
         return hypotheses
 
-    @field_validator("arms")
-    @classmethod
-    def _distinct_arms(cls, arms: tuple[Arm, ...]) -> tuple[Arm, ...]:
-        for position, arm in enumerate(arms):
-            for other in arms[:position]:
-                if other.name == arm.name:
-                    raise ValueError(f"two arms are named {arm.name!r}.")
-                if (other.trainer, other.plans) == (arm.trainer, arm.plans):
-                    raise ValueError(f"the arms {other.name!r} and {arm.name!r} are the same trainer on the same plan.")
-        return arms
-
-    @field_validator("datasets")
-    @classmethod
-    def _distinct_datasets(cls, datasets: tuple[Dataset, ...]) -> tuple[Dataset, ...]:
-        named = [(str(dataset.id), dataset.configuration) for dataset in datasets]
-        if len(set(named)) != len(named):
-            raise ValueError("a dataset is listed twice with the same configuration.")
-        return datasets
-
     @model_validator(mode="after")
-    def _references_exist(self) -> Experiment:
-        names = {arm.name for arm in self.arms}
-        for pair in self.hypotheses:
-            for name in pair:
-                if name not in names:
-                    raise ValueError(f"hypotheses: there is no arm {name!r}; the arms are {sorted(names)}.")
-            if pair[0] == pair[1]:
-                raise ValueError(f"hypotheses: {pair[0]!r} is compared with itself.")
-        if len({frozenset(pair) for pair in self.hypotheses}) != len(self.hypotheses):
-            raise ValueError("hypotheses: a pair is declared twice.")
-        for name in self.seeds.arms or ():
-            if name not in names:
-                raise ValueError(f"seeds.arms: there is no arm {name!r}; the arms are {sorted(names)}.")
-        for fold in self.seeds.folds or ():
-            if fold not in self.folds:
-                raise ValueError(f"seeds.folds: fold {fold} is not among the folds {list(self.folds)}.")
+    def _settings_fit_together(self) -> Experiment:
+        # An arm with another's name is missed under its own.
+        if faults := list(self._repeated()) or list(self._dangling()):
+            raise SettingError(*faults)
         return self
+
+    def _repeated(self) -> Iterator[tuple[Place, str]]:
+        if len(set(self.folds)) != len(self.folds):
+            yield ("folds",), f"{list(self.folds)} names a fold twice."
+        for number, arm in enumerate(self.arms):
+            for other in self.arms[:number]:
+                if other.name == arm.name:
+                    yield ("arms", number, "name"), f"two arms are named {arm.name!r}."
+                elif (other.trainer, other.plans) == (arm.trainer, arm.plans):
+                    words = f"the arms {other.name!r} and {arm.name!r} are the same trainer on the same plans."
+                    yield ("arms", number), words
+        datasets = [(str(dataset.id), dataset.configuration) for dataset in self.datasets]
+        for number, dataset in enumerate(datasets):
+            if dataset in datasets[:number]:
+                yield ("datasets", number, "id"), "a dataset is listed twice with the same configuration."
+        pairs = [frozenset(pair) for pair in self.hypotheses]
+        for number, pair in enumerate(pairs):
+            if len(pair) == 1:
+                yield ("hypotheses", number), f"{self.hypotheses[number][0]!r} is compared with itself."
+            elif pair in pairs[:number]:
+                yield ("hypotheses", number), "a pair is declared twice."
+
+    def _dangling(self) -> Iterator[tuple[Place, str]]:
+        names = [arm.name for arm in self.arms]
+        used = [(("hypotheses", number), name) for number, pair in enumerate(self.hypotheses) for name in pair]
+        used += [(("seeds", "arms", number), name) for number, name in enumerate(self.seeds.arms or ())]
+        for place, name in dict.fromkeys(used):
+            if name not in names:
+                yield place, f"there is no arm {name!r}; the arms are {', '.join(names)}."
+        for number, fold in enumerate(self.seeds.folds or ()):
+            if fold not in self.folds:
+                yield ("seeds", "folds", number), f"fold {fold} is not among the folds {list(self.folds)}."
 
     def dataset(self, name: str, configuration: str) -> Dataset:
         """By the full name of its folder."""
@@ -282,187 +339,3 @@ class Folders:
     preprocessed: Path
     results: Path
     output: Path
-
-
-def find_folders(experiment: Experiment, file: Path) -> Folders:
-    """Relative paths in the file start from the file's folder. raw and preprocessed default to nnU-Net's environment
-    variables, output to a folder beside the file with the experiment's name, results to a folder in there.
-
-    Raises:
-        ExperimentError: a folder is given nowhere, or raw does not exist.
-    """
-    base = file.resolve().parent
-
-    def stated(key: str) -> Path:
-        given: Path | None = getattr(experiment, key)
-        variable = f"nnUNet_{key}"
-        if given is not None:
-            return base / given.expanduser()
-        if os.environ.get(variable):
-            return Path(os.environ[variable]).resolve()
-        raise ExperimentError(f"{file}: set {key}: in the file, or the environment variable {variable}.")
-
-    output = base / (experiment.output or Path(experiment.name)).expanduser()
-    results = output / "nnUNet_results" if experiment.results is None else base / experiment.results.expanduser()
-    folders = Folders(stated("raw"), stated("preprocessed"), results, output)
-    if not folders.raw.is_dir():
-        raise ExperimentError(f"{file}: the folder of raw datasets {folders.raw} does not exist.")
-    return folders
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys, which PyYAML would let overwrite each other silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            value = self.construct_object(key, deep=True)
-            if value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{value!r} is set twice", problem_mark=key.start_mark)
-            seen.add(value)
-        return super().construct_mapping(node, deep=deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """027 is dataset 27, as everywhere in nnU-Net, and not the octal 23 of YAML 1.1."""
-        return int(node.value) if node.value.isdigit() else int(super().construct_yaml_int(node))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def _line(node: yaml.Node | None, place: tuple[int | str, ...]) -> int:
-    """Line of the innermost part of ``place`` that the file has."""
-    line = 1 if node is None else node.start_mark.line + 1
-    for part in place:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == part), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        # Anything else is a branch of a union in pydantic's path, which the file does not have.
-    return line
-
-
-def _place(place: tuple[int | str, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-
-
-_WORDS = {
-    "extra_forbidden": "is no setting here; check the spelling",
-    "missing": "is missing",
-}
-
-
-def load_experiment(file: Path) -> Experiment:
-    """Read and check an experiment file.
-
-    Raises:
-        ExperimentError: it cannot be read, or see :func:`parse_experiment`.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ExperimentError(f"cannot read {file} ({error.strerror}).") from error
-    return parse_experiment(text, file)
-
-
-def parse_experiment(text: str, file: Path) -> Experiment:
-    """
-    Args:
-        file: where the text stands, for messages.
-
-    Raises:
-        ExperimentError: it is no YAML, or does not fit; every fault with its line.
-    """
-    try:
-        tree = yaml.compose(text, Loader=_Loader)
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise ExperimentError(f"{where}: {error.problem}.") from None
-    if not isinstance(content, dict):
-        raise ExperimentError(f"{file}:1: an experiment is a mapping with name, datasets, arms and hypotheses.")
-    try:
-        return Experiment.model_validate(content)
-    except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            message = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-            place = fault["loc"]
-            if not place and ": " in message:  # a check of the whole names its place itself
-                key, message = message.split(": ", 1)
-                place = tuple(key.split("."))
-            faults.append(f"{file}:{_line(tree, place)}: {_place(place)}: {message}")
-        raise ExperimentError("\n".join(faults)) from None
-
-
-_DEFAULT = """\
-# One experiment of nnunet-deform. Run it (again, after any interruption) with
-#   nnunet-deform compare run {file}
-name: {name}
-
-datasets:
-  - id: {dataset}
-    configuration: {configuration}
-    # batch_size: 2          # train every arm with a copy of its plan that has this batch
-    # patients: patients.csv # lines "case,patient": folds never separate a patient, statistics count patients
-    # tolerance: 1.0         # mm, of NSD, or one a class; default: the smallest voxel side of the median spacing
-    test: {test}
-
-# A network, its twin without the new operator, and nnU-Net's own two, all with nnU-Net's own recipe.
-arms:
-  - {{name: stock, trainer: nnUNetTrainer}}
-  - {{name: ResEncM, trainer: nnUNetTrainer, plans: nnUNetResEncUNetMPlans}}
-  - {{name: DeformUX, trainer: nnUNetTrainerDeformUX}}
-  - {{name: DeformUX-off, trainer: nnUNetTrainerDeformUX_opOff}}
-  # With a recipe suffix, to tell network and recipe apart:
-  # - {{name: stock-AdamW, trainer: nnUNetTrainer_AdamW}}
-  # - {{name: LightMedSeg, trainer: nnUNetTrainerLightMedSeg}}
-
-folds: [0, 1, 2, 3, 4]
-
-# How much trainings of one arm differ by chance must be known: both arms of a hypothesis need at least six trainings
-# beyond the first of each fold, as three seeds on three folds give.
-seeds:
-  first: 1
-  repeats: [2, 3]
-  folds: [0, 1, 2]
-
-# The same for every arm; left out, each trainer's own (1000 epochs of 250 iterations).
-# budget: {{epochs: 100, iterations: 250}}
-
-mirroring: true # predictions average over mirrored images, as nnU-Net's; 8 times the cost in 3D
-
-# Declared before the run: the pairs that are tested on the primary metric, at most six. All else is exploratory.
-primary: Dice
-hypotheses:
-  - [DeformUX, ResEncM]
-  - [DeformUX, DeformUX-off]
-
-statistics:
-  alpha: 0.05
-  # band: 0.005           # smaller differences of the primary metric count as equal; default: the metric's own
-  draws: 10000
-
-device: {device}
-resources:
-  processes: 2
-"""
-
-
-def default_experiment(
-    dataset: int | str, file: Path, *, configuration: str = "3d_fullres", test: bool = False, device: str = "cuda"
-) -> str:
-    """The text of a good first experiment file."""
-    return _DEFAULT.format(
-        file=file.name,
-        name=f"comparison_{dataset}",
-        dataset=dataset,
-        configuration=configuration,
-        test=str(test).lower(),
-        device=device,
-    )

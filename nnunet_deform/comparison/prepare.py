@@ -20,6 +20,9 @@ PLANNERS = {
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
 
+# What they plan; whether images are large enough for the second and third is known afterwards.
+CONFIGURATIONS = ("3d_fullres", "3d_lowres", "3d_cascade_fullres", "2d")
+
 RunCommand = Callable[[list[str]], None]
 
 
@@ -65,8 +68,13 @@ def find_dataset(dataset: Dataset, folders: Folders) -> DatasetFolders:
     raw = found[0]
     if not (raw / "dataset.json").is_file():
         raise PreparationError(f"{raw} has no dataset.json, so it is no dataset of nnU-Net.")
-    description = read_json(raw / "dataset.json")
-    ending = description["file_ending"]
+    try:
+        description = read_json(raw / "dataset.json")
+        ending, of_labels = str(description["file_ending"]), dict(description["labels"])
+    except (ValueError, TypeError, KeyError):
+        raise PreparationError(
+            f"{raw / 'dataset.json'} is damaged: it is no JSON with labels and file_ending."
+        ) from None
     cases, test_cases = (
         tuple(sorted(path.name.removesuffix(ending) for path in (raw / part).glob(f"*{ending}")))
         for part in ("labelsTr", "labelsTs")
@@ -75,7 +83,7 @@ def find_dataset(dataset: Dataset, folders: Folders) -> DatasetFolders:
         raise PreparationError(f"{raw / 'labelsTr'} has no *{ending} file.")
     labels = {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in description["labels"].items()
+        for name, value in of_labels.items()
         if name not in ("background", "ignore")
     }
     return DatasetFolders(
@@ -83,7 +91,7 @@ def find_dataset(dataset: Dataset, folders: Folders) -> DatasetFolders:
         raw=raw,
         preprocessed=folders.preprocessed / raw.name,
         labels=labels,
-        ignore_label=description["labels"].get("ignore"),
+        ignore_label=of_labels.get("ignore"),
         file_ending=ending,
         cases=cases,
         test_cases=test_cases,
@@ -118,6 +126,47 @@ def check_tolerances(dataset: Dataset, found: DatasetFolders) -> None:
         )
 
 
+def check_test_set(dataset: Dataset, found: DatasetFolders) -> None:
+    """
+    Raises:
+        PreparationError: the experiment asks for a test set that the dataset does not have.
+    """
+    for part in ("imagesTs", "labelsTs") if dataset.test else ():
+        if not (found.raw / part).is_dir():
+            raise PreparationError(f"{found.raw / part} does not exist; set test: false for this dataset.")
+
+
+def check_plans(arm: Arm, found: DatasetFolders) -> None:
+    """
+    Raises:
+        PreparationError: an arm's plans do not exist and are none that are made.
+    """
+    if arm.plans not in PLANNERS and not found.plans_file(arm.plans).exists():
+        raise PreparationError(
+            f"{found.plans_file(arm.plans)} does not exist; make these plans first, or use one of {sorted(PLANNERS)}."
+        )
+
+
+def check_configuration(plans: str, dataset: Dataset, found: DatasetFolders, folders: Folders) -> None:
+    """Whether plans have or will have the dataset's configuration, and can be preprocessed and copied.
+
+    Raises:
+        PreparationError: not so.
+    """
+    if not found.plans_file(plans).exists():
+        if dataset.configuration not in CONFIGURATIONS:
+            raise PreparationError(
+                f"nnU-Net's planners make no configuration {dataset.configuration!r}; they make "
+                f"{', '.join(CONFIGURATIONS)}."
+            )
+        return
+    folder = data_folder(plans, dataset, found)
+    if not is_preprocessed(folder, found.cases):
+        _refuse_if_trained(found, folders, folder)
+    if dataset.batch_size is not None:
+        _batch_copy(found, plans, dataset.batch_size, dataset.configuration)
+
+
 def prepare_dataset(
     experiment: Experiment, dataset: Dataset, folders: Folders, file: Path, run: RunCommand
 ) -> list[Split]:
@@ -127,22 +176,12 @@ def prepare_dataset(
         run: runs one of nnU-Net's commands.
 
     Raises:
-        PreparationError, SplitError: see there.
+        PreparationError, SplitError: see there; what can be known before is in :mod:`nnunet_deform.comparison.check`.
     """
     found = find_dataset(dataset, folders)
-    # Before anything expensive.
-    patients = patients_of(dataset, found, file)
-    for part in ("imagesTs", "labelsTs") if dataset.test else ():
-        if not (found.raw / part).is_dir():
-            raise PreparationError(f"{found.raw / part} does not exist; set test: false for this dataset.")
-    check_tolerances(dataset, found)
     processes = str(experiment.resources.processes)
     base_plans = list(dict.fromkeys(arm.plans for arm in experiment.arms))
-    unknown = [name for name in base_plans if name not in PLANNERS and not found.plans_file(name).exists()]
-    if unknown:
-        raise PreparationError(
-            f"{found.plans_file(unknown[0])} does not exist; make these plans first, or use one of {sorted(PLANNERS)}."
-        )
+    patients = patients_of(dataset, found, file)
     splits = ensure_splits(found.splits_file, found.cases, patients, dataset.splits, experiment.folds)
     number = found.name[len("Dataset") :][:3]
     missing = [name for name in base_plans if not found.plans_file(name).exists()]
@@ -152,21 +191,35 @@ def prepare_dataset(
         for name in missing:
             run(["nnUNetv2_plan_experiment", "-d", number, "-pl", PLANNERS[name]])
     for name in base_plans:
-        configuration = _configuration(found.plans_file(name), dataset.configuration)
-        folder = found.preprocessed / configuration["data_identifier"]
-        if not _is_preprocessed(folder, found.cases):
+        folder = data_folder(name, dataset, found)
+        if not is_preprocessed(folder, found.cases):
             _refuse_if_trained(found, folders, folder)
             arguments = ["-d", number, "-plans_name", name, "-c", dataset.configuration, "-np", processes]
             run(["nnUNetv2_preprocess", *arguments])
-            if not _is_preprocessed(folder, found.cases):
+            if not is_preprocessed(folder, found.cases):
                 raise PreparationError(f"nnUNetv2_preprocess has left cases out of {folder}; see its log.")
         if dataset.batch_size is not None:
-            _write_batch_copy(found, name, dataset.batch_size, dataset.configuration)
+            file, plans = _batch_copy(found, name, dataset.batch_size, dataset.configuration)
+            if not file.exists():
+                write_json(file, plans)
     return splits
 
 
+def data_folder(plans: str, dataset: Dataset, found: DatasetFolders) -> Path:
+    """Of the cases that are preprocessed for existing plans.
+
+    Raises:
+        PreparationError: the plans do not have the dataset's configuration.
+    """
+    configuration = _configuration(found.plans_file(plans), dataset.configuration)
+    return found.preprocessed / configuration["data_identifier"]
+
+
 def _configuration(plans: Path, name: str) -> dict[str, Any]:
-    configurations = read_json(plans)["configurations"]
+    try:
+        configurations = dict(read_json(plans)["configurations"])
+    except (ValueError, TypeError, KeyError):
+        raise PreparationError(f"{plans} is damaged: it is no JSON with configurations.") from None
     if name not in configurations:
         raise PreparationError(f"{plans} has no configuration {name!r}; it has {sorted(configurations)}.")
     configuration = dict(configurations[name])
@@ -176,7 +229,7 @@ def _configuration(plans: Path, name: str) -> dict[str, Any]:
     return configuration
 
 
-def _is_preprocessed(folder: Path, cases: tuple[str, ...]) -> bool:
+def is_preprocessed(folder: Path, cases: tuple[str, ...]) -> bool:
     # nnU-Net writes a case's properties last.
     return all((folder / f"{case}.pkl").exists() for case in cases)
 
@@ -191,15 +244,15 @@ def _refuse_if_trained(found: DatasetFolders, folders: Folders, folder: Path) ->
         )
 
 
-def _write_batch_copy(found: DatasetFolders, base: str, batch_size: int, configuration: str) -> None:
+def _batch_copy(found: DatasetFolders, base: str, batch_size: int, configuration: str) -> tuple[Path, dict[str, Any]]:
+    """Where a copy of plans with another batch stands, and what is in it."""
     plans = read_json(found.plans_file(base))
     plans["plans_name"] = f"{base}_batch{batch_size}"
     plans["configurations"][configuration]["batch_size"] = batch_size
     file = found.plans_file(plans["plans_name"])
-    if not file.exists():
-        write_json(file, plans)
-    elif read_json(file) != json.loads(json.dumps(plans)):
+    if file.exists() and read_json(file) != json.loads(json.dumps(plans)):
         raise PreparationError(
             f"{file} is no copy of {base} with batch {batch_size}: one of the two has changed since. Move the copy "
             "away, with all results that rest on it."
         )
+    return file, plans

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from nnunet_deform import activation
 from nnunet_deform.commands import Interrupts, describe_exit, last_lines, run_command
+from nnunet_deform.comparison.check import check_experiment, find_datasets
 from nnunet_deform.comparison.collect import (
     is_predicted,
     score_test,
@@ -28,7 +29,8 @@ from nnunet_deform.comparison.collect import (
 )
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.declaration import declaration, declare
-from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
+from nnunet_deform.comparison.experiment import Experiment, Folders
+from nnunet_deform.comparison.experiment_file import ExperimentFile, find_folders, load_experiment
 from nnunet_deform.comparison.files import read_json, write_text
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, prepare_dataset
 from nnunet_deform.comparison.trainings import (
@@ -67,14 +69,16 @@ class Comparison:
             accept_versions: train although earlier trainings were made with other releases of what makes them.
 
         Raises:
-            ExperimentError, PreparationError: see there.
+            ExperimentError: see there.
         """
-        self.file = file.resolve()
-        self.experiment: Experiment = load_experiment(file)
-        self.folders: Folders = find_folders(self.experiment, file)
+        self.source: ExperimentFile = load_experiment(file)
+        self.file = self.source.path
+        self.experiment: Experiment = self.source.experiment
+        self.folders: Folders = find_folders(self.source)
+        self.datasets: dict[str, DatasetFolders] = {
+            found.name: found for found in find_datasets(self.source, self.folders)
+        }
         self.trainings = list_trainings(self.experiment, self.folders)
-        listed = (find_dataset(dataset, self.folders) for dataset in self.experiment.datasets)
-        self.datasets: dict[str, DatasetFolders] = {found.name: found for found in listed}
         self._console = console
         self._interrupts = interrupts
         self._accept_versions = accept_versions
@@ -151,12 +155,17 @@ class Comparison:
                 self._locks = outer
 
     def prepare(self) -> None:
-        """Plan, preprocess, make folds; then declare what is going to be compared.
+        """Plan, preprocess, make folds; then declare what is going to be compared. A refusal leaves nothing behind.
 
         Raises:
-            RunError, PreparationError, SplitError, TrainingError: see there.
+            ExperimentError, RunError, PreparationError: see there.
         """
-        self.folders.output.mkdir(parents=True, exist_ok=True)
+        # Not the device: on a cluster this runs where there may be none.
+        check_experiment(self.source, self.folders, trains_here=False)
+        with self.locked():
+            self._prepare()
+
+    def _prepare(self) -> None:
         for dataset in self.experiment.datasets:
             logs = self.folders.output / "logs" / find_dataset(dataset, self.folders).name
 
@@ -166,7 +175,7 @@ class Comparison:
                 self._command(argv, logs / f"{words}.log", nnUNet_n_proc_DA="1")
 
             prepare_dataset(self.experiment, dataset, self.folders, self.file, run)
-        # After all checks, so that a refused experiment has declared nothing, and before the first training.
+        # After all that may be refused, and before the first training.
         declare(self.folders.output, declaration(self.experiment, self.file), now())
         # A sign for schedulers, newer than the experiment file.
         write_text(self.folders.output / "prepared", f"{now()}\n")
@@ -205,6 +214,19 @@ class Comparison:
             TrainingError: see :func:`nnunet_deform.comparison.trainings.is_done`.
         """
         return is_done(training, self.datasets[training.dataset], self.folders)
+
+    def train_alone(self, training: Training) -> None:
+        """:meth:`train` as one job of many. A refusal leaves nothing behind.
+
+        Raises:
+            RunError: the experiment is not prepared, another job has the training, or see :meth:`train`.
+            TrainingError: see :meth:`train`.
+        """
+        if not self.datasets[training.dataset].splits_file.exists():
+            raise RunError(f"there are no folds of {training.dataset} yet; run compare prepare {self.file} first.")
+        self.is_done(training)
+        with self.locked(training.key):
+            self.train(training)
 
     def train(self, training: Training, on_line: Callable[[str], None] = _ignore) -> None:
         """Train and validate one fold, from where it stopped, and score its predictions.
@@ -301,17 +323,24 @@ class Comparison:
             self._command(command, self.folders.output / "logs" / f"{training.key}_cost.log")
 
     def run(self) -> list[str]:
-        """Everything but the report; goes on with the other trainings when one fails.
+        """Everything but the report; goes on with the other trainings when one fails. A refusal leaves nothing behind.
 
         Returns:
             What failed, one sentence each.
+
+        Raises:
+            ExperimentError, RunError, PreparationError, TrainingError: see there.
         """
-        self.prepare()
-        failures: list[str] = []
-        # Before any time is spent: results that may not be mixed are refused.
-        todo = [training for training in self.trainings if not self.is_done(training)]
-        if todo:
+        checked = check_experiment(self.source, self.folders)
+        if len(checked.done) < len(self.trainings):
             self._refuse_other_versions()
+        with self.locked():
+            return self._run()
+
+    def _run(self) -> list[str]:
+        self._prepare()
+        failures: list[str] = []
+        todo = [training for training in self.trainings if not self.is_done(training)]
         self._console.print(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them done.")
         with self._showing(todo) as clock:
             for training in self.trainings:

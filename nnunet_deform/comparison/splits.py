@@ -33,6 +33,8 @@ def load_patients(file: Path, cases: Sequence[str], test_cases: Sequence[str] = 
         text = file.read_text(encoding="utf-8-sig")  # Excel begins its CSV files with a mark
     except OSError as error:
         raise SplitError(f"cannot read {file} ({error.strerror}).") from error
+    except UnicodeDecodeError:
+        raise SplitError(f"{file} is no UTF-8; save the file in that encoding.") from None
     rows = _rows_of_json(file, text) if file.suffix == ".json" else _rows_of_csv(file, text)
     patients: dict[str, str] = {}
     for case, patient in rows:
@@ -106,6 +108,8 @@ def check_splits(
         if fold >= len(splits):
             raise SplitError(f"{file} has {len(splits)} folds, so there is no fold {fold}; nnU-Net would draw its own.")
         train, val = splits[fold]["train"], splits[fold]["val"]
+        if not train or not val:
+            raise SplitError(f"fold {fold} of {file} has no cases to {'validate on' if train else 'train on'}.")
         unknown = sorted({*train, *val} - set(cases))
         if unknown:
             raise SplitError(f"fold {fold} of {file} names {_some(unknown)}, which the dataset does not have.")
@@ -137,18 +141,29 @@ def read_splits(file: Path) -> list[Split]:
         raise SplitError(f"{file} is no list of folds with train and val; nnU-Net could not use it, either.") from None
 
 
+def find_splits(
+    file: Path, cases: Sequence[str], patients: Mapping[str, str] | None, number: int, folds: Sequence[int]
+) -> list[Split]:
+    """Of ``splits_final.json``, or what :func:`ensure_splits` would write.
+
+    Raises:
+        SplitError: see :func:`make_splits` and :func:`check_splits`.
+    """
+    splits = read_splits(file) if file.exists() else make_splits(cases, patients, number)
+    check_splits(splits, cases, patients, folds, file)
+    return splits
+
+
 def ensure_splits(
     file: Path, cases: Sequence[str], patients: Mapping[str, str] | None, number: int, folds: Sequence[int]
 ) -> list[Split]:
     """Write ``splits_final.json`` if there is none; an existing one is checked, used and never replaced.
 
     Raises:
-        SplitError: see :func:`make_splits` and :func:`check_splits`.
+        SplitError: see :func:`find_splits`.
     """
-    exists = file.exists()
-    splits = read_splits(file) if exists else make_splits(cases, patients, number)
-    check_splits(splits, cases, patients, folds, file)
-    if not exists:
+    splits = find_splits(file, cases, patients, number, folds)
+    if not file.exists():
         write_json(file, splits)
     return splits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,14 @@ PACKAGES = (*TRAINING_PACKAGES, "torch", "numpy", "scipy", "SimpleITK", "monai")
 
 
 class TrainingError(RuntimeError):
-    """Results that may not be mixed: other folds, other plans, or another hand's training."""
+    """Results that may not be mixed: other folds, other plans, or another hand's training.
+
+    setting: of the experiment that has changed since; None where something else has.
+    """
+
+    def __init__(self, message: str, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,7 @@ def is_done(training: Training, found: DatasetFolders, folders: Folders) -> bool
                 "another results folder."
             )
         return False
+    _refuse_other_settings(training, record)
     for what, file, then in (
         ("splits", found.splits_file, record.splits),
         ("plans", found.plans_file(training.plans), record.plans),
@@ -228,6 +237,45 @@ def is_done(training: Training, found: DatasetFolders, folders: Folders) -> bool
             "--val_best); put it back, or move the fold and its record away to train it again."
         )
     return True
+
+
+_LENGTH = re.compile(r"_(\d+)epochs(?:(\d+)iters)?(?=_|$)")
+
+
+def _refuse_other_settings(training: Training, record: Record) -> None:
+    """The experiment's settings are in the names of trainer and plans, which the commands of a training have."""
+    command = shlex.split(record.commands[0]) if record.commands else []
+    if not {"-tr", "-p"} <= set(command):
+        return
+    then, plans = (command[command.index(option) + 1] for option in ("-tr", "-p"))
+    if (then, plans) == (training.trainer, training.plans):
+        return
+    told = None
+    for setting, of_name in (("budget", _length), ("mirroring", _mirroring), ("trainer", _recipe)):
+        if of_name(then) != of_name(training.trainer):
+            told = setting, of_name(then), of_name(training.trainer)
+            break
+    setting, before, after = told or ("plans", plans, training.plans)
+    raise TrainingError(
+        f"{training} was begun with {before}, and the experiment now says {after}; put {setting} back, or start anew "
+        "with another name or output.",
+        setting,
+    )
+
+
+def _length(trainer: str) -> str:
+    found = _LENGTH.search(trainer)
+    if found is None:
+        return "the trainer's own length"
+    return f"{found[1]} epochs" + (f" of {found[2]} iterations" if found[2] else "")
+
+
+def _mirroring(trainer: str) -> str:
+    return "predictions without mirroring" if trainer.endswith("_unmirrored") else "mirrored predictions"
+
+
+def _recipe(trainer: str) -> str:
+    return re.sub(r"_seed\d+$", "", _LENGTH.sub("", trainer.removesuffix("_unmirrored")))
 
 
 def has_complete_summary(training: Training, results: Path, validation_cases: Sequence[str], ending: str) -> bool:

@@ -360,22 +360,22 @@ def test_status_with_models_that_cannot_be_used(active, monkeypatch, tmp_path):
 
 
 def test_compare_init_writes_a_file_that_loads_and_never_replaces_one(run, tmp_path):
-    from nnunet_deform.comparison.experiment import load_experiment
+    from nnunet_deform.comparison.experiment_file import load_experiment
 
     file = tmp_path / "e.yaml"
     written = run("compare", "init", "-d", "501", "-o", str(file), "--device", "cpu")
     assert written.exit_code == 0
-    assert f"nnunet-deform compare run {file}" in written.output
-    experiment = load_experiment(file)
+    assert f"nnunet-deform compare check {file}" in written.output
+    experiment = load_experiment(file).experiment
     assert (experiment.datasets[0].id, experiment.device) == (501, "cpu")
     again = run("compare", "init", "-d", "502", "-o", str(file))
     assert again.exit_code == 1
     assert "exists; give another name with -o" in again.output
-    assert load_experiment(file) == experiment
+    assert load_experiment(file).experiment == experiment
     other = tmp_path / "other.yaml"
     wrong = run("compare", "init", "-d", "501", "-o", str(other), "--device", "tpu")
     assert wrong.exit_code == 1
-    assert "device: Input should be 'cuda', 'cpu' or 'mps'" in wrong.output
+    assert "device: 'tpu' is none of cuda, cpu, mps." in wrong.output
     assert not other.exists()
 
 

@@ -51,9 +51,7 @@ fakes = Path(sys.argv[1])
 commands.find_command = lambda name: str(fakes / ("cost" if name == sys.executable else name))
 commands._GRACE_S = 0.5
 with commands.Interrupts() as interrupts:
-    comparison = run.Comparison(Path(sys.argv[2]), Console(), interrupts)
-    with comparison.locked():
-        assert comparison.run() == []
+    assert run.Comparison(Path(sys.argv[2]), Console(), interrupts).run() == []
 """
 
 
@@ -350,9 +348,9 @@ def test_other_releases_of_what_makes_trainings_are_refused(finished):
 
 def test_a_refused_experiment_has_declared_nothing(trial):
     trial.change("plans: nnUNetResEncUNetMPlans", "plans: nnUNetResEncUNetXPlans")
-    with pytest.raises(PreparationError):
+    with pytest.raises(ExperimentError):
         trial.run()
-    assert not (trial.output / "declared.json").exists()
+    assert not trial.output.exists()
     trial.change("plans: nnUNetResEncUNetXPlans", "plans: nnUNetResEncUNetMPlans")
     assert trial.run() == []
     assert "before the first training." in trial.report()
@@ -420,7 +418,7 @@ def test_mixed_splits_and_plans_and_changed_results_are_refused(finished):
     ):
         before, calls = file.read_bytes(), len(finished.calls())
         _tamper(file)
-        with pytest.raises((TrainingError, PreparationError), match=words):
+        with pytest.raises(ExperimentError, match=words):
             finished.run()
         assert len(finished.calls()) == calls
         if file != preprocessed / "nnUNetPlans_batch2.json":
@@ -433,9 +431,51 @@ def test_mixed_splits_and_plans_and_changed_results_are_refused(finished):
     assert finished.run() == []
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        (
+            "epochs: 3,",
+            "epochs: 4,",
+            10,
+            "begun with 3 epochs of 5 iterations, and the experiment now says 4 epochs of 5",
+        ),
+        (
+            "mirroring: false",
+            "mirroring: true",
+            11,
+            "begun with predictions without mirroring, and the experiment now says",
+        ),
+        (
+            *("DeformUX, trainer: nnUNetTrainerDeformUX}", "DeformUX, trainer: nnUNetTrainerDeformUX_opOff}"),
+            *(6, "begun with nnUNetTrainerDeformUX, and the experiment now says nnUNetTrainerDeformUX_opOff"),
+        ),
+        (
+            "batch_size: 2",
+            "batch_size: 3",
+            3,
+            "begun with nnUNetPlans_batch2, and the experiment now says nnUNetPlans_batch3",
+        ),
+    ],
+)
+def test_settings_that_changed_after_trainings_are_told_as_such(finished, old, new, line, words):
+    """These were "summary.json is gone or has changed"."""
+    finished.change(old, new)
+    before = finished.folds()
+    with pytest.raises(ExperimentError) as caught:
+        finished.run()
+    (fault,) = str(caught.value).splitlines()
+    assert fault.startswith(f"{finished.file}:{line}: ")
+    assert words in fault
+    if "batch" not in old:  # there are no such plans yet
+        with pytest.raises(TrainingError, match="begun with"):
+            finished.report()
+    assert (finished.folds(), finished.calls()) == (before, [])
+
+
 def test_another_hands_training_is_refused(finished):
     (finished.output / "records" / f"{NAME}-3d_fullres" / "stock_seed1_fold0.json").unlink()
-    with pytest.raises(TrainingError, match="fold_0 was not trained by this experiment"):
+    with pytest.raises(ExperimentError, match="fold_0 was not trained by this experiment"):
         finished.run()
 
 
@@ -482,22 +522,22 @@ def test_where_a_training_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "error", "words"),
+    ("old", "new", "words"),
     [
-        ("id: 7", "id: 8", PreparationError, r"has no dataset Dataset008_\*"),
-        ("nnUNetResEncUNetMPlans", "myPlans", PreparationError, "myPlans.json does not exist; make these plans first"),
-        ("batch_size: 2", "configuration: 2d", PreparationError, r"has no configuration '2d'; it has \['3d_fullres'\]"),
-        ("splits: 3", "splits: 2", SplitError, "has 2 folds|there is no fold 2"),
-        ("patients.csv", "nobody.csv", SplitError, "cannot read .*nobody.csv"),
-        ("raw: raw", "raw: nowhere", ExperimentError, "nowhere does not exist"),
-        ("folds: [0, 1, 2]", "folds: all", ExperimentError, "fold 'all'"),
+        ("id: 7", "id: 8", r"has no dataset Dataset008_\*"),
+        ("nnUNetResEncUNetMPlans", "myPlans", "myPlans.json does not exist; make these plans first"),
+        ("batch_size: 2", "configuration: 2e", "make no configuration '2e'; they make 3d_fullres"),
+        ("splits: 3", "splits: 2", "has 2 folds|there is no fold 2"),
+        ("patients.csv", "nobody.csv", "cannot read .*nobody.csv"),
+        ("raw: raw", "raw: nowhere", "nowhere does not exist"),
+        ("folds: [0, 1, 2]", "folds: all", "fold 'all'"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_training(trial, old, new, error, words):
+def test_what_cannot_work_is_refused_before_any_command(trial, old, new, words):
     trial.change(old, new)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ExperimentError, match=words):
         trial.run()
-    assert trial.trained() == []
+    assert trial.calls() == []
 
 
 def test_an_existing_split_that_mixes_patients_is_refused_and_kept(trial):
@@ -506,7 +546,7 @@ def test_an_existing_split_that_mixes_patients_is_refused_and_kept(trial):
     cases = [f"tr_{number:02d}" for number in range(12)]
     folds = [{"train": [c for c in cases if c not in cases[i::3]], "val": cases[i::3]} for i in range(3)]
     file.write_text(json.dumps(folds))
-    with pytest.raises(SplitError, match="in training and in validation"):
+    with pytest.raises(ExperimentError, match="in training and in validation"):
         trial.run()
     assert read_json(file) == folds
     assert trial.calls() == []
@@ -516,7 +556,7 @@ def test_cases_that_are_not_preprocessed_are_refused_after_trainings(finished):
     """nnU-Net would preprocess all of them anew."""
     case = finished.folder / "preprocessed" / NAME / "nnUNetPlans_3d_fullres" / "tr_03.pkl"
     case.unlink()
-    with pytest.raises(PreparationError, match=r"lacks cases that the dataset has, but .*fold_0 was already trained"):
+    with pytest.raises(ExperimentError, match=r"lacks cases that the dataset has, but .*fold_0 was already trained"):
         finished.run()
     assert finished.calls() == []
 
@@ -539,14 +579,14 @@ def test_intervals_of_the_test_set_count_patients(finished):
     rows = re.findall(r"<tr><td>\w+</td><td>2</td><td>1</td><td>0\.\d+ \[(.*?), (.*?)\]</td>", page)
     assert rows == [("-", "-")] * 3
     patients.write_text(f"{known}\nts_00,p9\nts_01,p0\n")
-    with pytest.raises(SplitError, match="patients of the test cases 'ts_01' among the training cases"):
+    with pytest.raises(ExperimentError, match="patients of the test cases 'ts_01' among the training cases"):
         finished.run()
     assert finished.calls() == []
 
 
 def test_a_test_set_without_labels_is_refused(trial):
     shutil.rmtree(trial.folder / "raw" / NAME / "labelsTs")
-    with pytest.raises(PreparationError, match="labelsTs does not exist; set test: false"):
+    with pytest.raises(ExperimentError, match="labelsTs does not exist; set test: false"):
         trial.run()
     assert trial.calls() == []
 
@@ -564,14 +604,14 @@ def test_a_failing_test_prediction_leaves_a_report(finished, monkeypatch):
 
 def test_tolerances_must_name_every_class(trial):
     trial.change("test: true", "tolerance: {front: 1.0}")
-    with pytest.raises(PreparationError, match=r"are for \['front'\]; it has the classes \['back', 'front'\]"):
+    with pytest.raises(ExperimentError, match=r"are for \['front'\]; it has the classes \['back', 'front'\]"):
         trial.run()
     assert trial.calls() == []
 
 
 def test_folds_that_cannot_be_made_are_refused_before_anything_is_planned(trial):
     trial.change("splits: 3", "splits: 2")
-    with pytest.raises(SplitError, match="has 2 folds, so there is no fold 2"):
+    with pytest.raises(ExperimentError, match="has 2 folds, so there is no fold 2"):
         trial.run()
     assert trial.calls() == []
     assert not (trial.folder / "preprocessed" / NAME / "splits_final.json").exists()
@@ -579,7 +619,7 @@ def test_folds_that_cannot_be_made_are_refused_before_anything_is_planned(trial)
 
 def test_a_dataset_listed_by_number_and_by_name_is_refused(trial):
     trial.change("datasets:\n", "datasets:\n  - {id: Dataset007_Boxes}\n")
-    with pytest.raises(PreparationError, match="Dataset007_Boxes is listed twice"):
+    with pytest.raises(ExperimentError, match="Dataset007_Boxes is listed twice"):
         trial.comparison()
 
 

@@ -140,7 +140,8 @@ def test_the_shift_that_is_found_is_statsmodels(units, alpha):
 
 @pytest.mark.parametrize("training_sds", [(0.2, 0.2), (0.3,)])
 def test_a_plan_says_what_is_found_in_four_of_five_experiments(rng, training_sds):
-    plan = Plan(patients=60, patient_sd=1.0, folds=3, seeds=3, training_sds=training_sds, family=2)
+    seeds = ((3, 3, 3),) * len(training_sds)
+    plan = Plan(patients=60, patient_sd=1.0, seeds=seeds, training_sds=training_sds, family=2)
     experiments = 4000
 
     def arm(sd: float, patient_sd: float) -> list[np.ndarray]:
@@ -155,8 +156,23 @@ def test_a_plan_says_what_is_found_in_four_of_five_experiments(rng, training_sds
     assert (result.p_two_sided() < 0.025).mean() == pytest.approx(0.8, abs=0.03)
 
 
+def test_a_plan_counts_the_trainings_of_each_fold(rng):
+    first, second = (3, 3, 2), (4, 1, 2)
+    plan = Plan(patients=60, patient_sd=1.0, seeds=(first, second), training_sds=(0.6, 0.3))
+    assert plan.training_freedoms == (5, 4)
+
+    def arm(sd: float, patient_sd: float, seeds: tuple[int, ...]) -> list[np.ndarray]:
+        return [
+            patient_sd * rng.normal(0, 1, (4000, 20, 1)) + sd * rng.normal(0, 1, (4000, 1, number)) for number in seeds
+        ]
+
+    result = estimate([fold + plan.detectable for fold in arm(0.6, 1.0, first)], arm(0.3, 0.0, second))
+    assert result.mean.std() == pytest.approx(plan.se, rel=0.03)
+    assert (result.p_two_sided() < 0.05).mean() == pytest.approx(0.8, abs=0.03)
+
+
 def test_a_plan_without_repeated_trainings_finds_nothing():
-    assert np.isnan(Plan(100, 1.0, 5, 1, (0.1, 0.1)).detectable)
+    assert np.isnan(Plan(100, 1.0, ((1,) * 5,) * 2, (0.1, 0.1)).detectable)
 
 
 def test_no_array_is_shared_with_the_scores(rng):

@@ -11,7 +11,8 @@ import SimpleITK as sitk
 from synthetic import DATASET, make_scores
 
 from nnunet_deform.comparison.collect import _made_from, scores_file, tolerances
-from nnunet_deform.comparison.experiment import Experiment, Folders, find_folders, load_experiment
+from nnunet_deform.comparison.experiment import Experiment, Folders
+from nnunet_deform.comparison.experiment_file import find_folders, load_experiment
 from nnunet_deform.comparison.files import write_json, write_table
 from nnunet_deform.comparison.prepare import find_dataset
 from nnunet_deform.comparison.trainings import begin, finish, list_trainings
@@ -95,8 +96,8 @@ def test_collecting_testing_and_reporting_fit_in_a_minute_and_two_gigabytes(tmp_
         "preprocessed": "preprocessed",
     }
     file.write_text(json.dumps(content))  # which is YAML, too
-    experiment = load_experiment(file)
-    _write_results(experiment, find_folders(experiment, file))
+    source = load_experiment(file)
+    _write_results(source.experiment, find_folders(source))
     command = [sys.executable, "-c", REPORT, str(file)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, gigabytes = map(float, result.stdout.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from nnunet_deform.comparison.experiment import find_folders, load_experiment
+from nnunet_deform.comparison.experiment_file import find_folders, load_experiment
 from nnunet_deform.comparison.files import write_text
 from nnunet_deform.comparison.report.content import ReportContent
 from nnunet_deform.comparison.report.experiment import experiment_content
@@ -31,9 +31,9 @@ def build_report(file: Path) -> Path:
     Raises:
         ExperimentError, PreparationError, SplitError, TrainingError, CollectionError: see there.
     """
-    experiment = load_experiment(file)
-    folders = find_folders(experiment, file)
-    return write_report(folders.output / "report", experiment_content(experiment, folders, file))
+    source = load_experiment(file)
+    folders = find_folders(source)
+    return write_report(folders.output / "report", experiment_content(source.experiment, folders, file))
 
 
 def build_results_report(folder: Path, results: Results, table: pd.DataFrame, command: str) -> Path:

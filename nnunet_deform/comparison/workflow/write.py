@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_deform.commands import find_command
+from nnunet_deform.comparison.check import check_experiment
 from nnunet_deform.comparison.collect import ensemble_scores_file, scores_file
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.files import fingerprint, write_json, write_text
@@ -16,18 +17,21 @@ PROFILES = ("local", "slurm")
 
 
 def write_workflow(comparison: Comparison) -> Path:
-    """Write ``workflow/`` into the output folder: Snakefile, jobs.json, and the profiles, which are the user's and are
-    not replaced.
+    """Check the experiment and write ``workflow/`` into the output folder: Snakefile, jobs.json, and the profiles,
+    which are the user's and are not replaced.
 
     Returns:
         The folder.
 
     Raises:
+        ExperimentError: see :func:`check_experiment`.
         CommandError: nnunet-deform is not installed as a command.
     """
+    check_experiment(comparison.source, comparison.folders, trains_here=False)
+    jobs = describe_jobs(comparison)
     folder = comparison.folders.output / "workflow"
     texts = files(__package__)
-    write_json(folder / "jobs.json", describe_jobs(comparison))
+    write_json(folder / "jobs.json", jobs)
     write_text(folder / "Snakefile", texts.joinpath("Snakefile").read_text(encoding="utf-8"))
     for name in PROFILES:
         file = folder / name / "config.yaml"
