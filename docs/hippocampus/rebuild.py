@@ -15,7 +15,7 @@ import pandas as pd
 from nnunet_deform.comparison.analysis import analyse
 from nnunet_deform.comparison.cost import Cost
 from nnunet_deform.comparison.design import design_of
-from nnunet_deform.comparison.experiment import load_experiment
+from nnunet_deform.comparison.experiment_file import load_experiment
 from nnunet_deform.comparison.report import DatasetContent, Provenance, ReportContent, write_report
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ CAUTIONS = (
 
 def main() -> None:
     file = HERE / "experiment.yaml"
-    experiment = load_experiment(file)
+    experiment = load_experiment(file).experiment
     design = design_of(experiment)
     table = pd.read_csv(HERE / "cases.csv", dtype={"patient": str})
     cases, test = (table[table["set"] == name].drop(columns="set") for name in ("out of fold", "test"))
