@@ -28,6 +28,7 @@ from nnunet_deform.comparison.report import build_report
 file = Path(sys.argv[1])
 page = build_report(file)
 assert "2500 cases of 2500 patients" in page.read_text()
+assert page.stat().st_size < 4e6
 print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
