@@ -53,7 +53,7 @@ def results_content(results: Results, table: pd.DataFrame, command: str) -> Repo
         },
         command=command,
         provenance=tuple(_provenance(results)),
-        operators=operators.last_epochs(histories),
+        operators=operators.last_epochs(histories) if histories else None,
         cautions=(
             "Nothing shows that what is compared was chosen before its results were seen: arms, metric and band came "
             "with the command that made this page.",
