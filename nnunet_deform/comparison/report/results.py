@@ -157,7 +157,8 @@ def _provenance(results: Results) -> list[Provenance]:
             Provenance(
                 dataset=source.dataset,
                 plans=source.plans or "-",
-                trainings=f"{training.arm}, seed {training.seed}"
+                trainings=training.arm
+                + (f", seed {source.seed}" if source.seed is not None else "")
                 + (f", folds {', '.join(map(str, folds))}" if source.is_model else ""),
                 splits=digest,
                 plans_file=hashes[0],
