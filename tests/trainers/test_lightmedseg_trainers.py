@@ -48,8 +48,8 @@ def test_options_of_the_ablations(make_trainer) -> None:
 def test_recipe_is_the_shared_one_at_its_own_rate(make_trainer) -> None:
     assert nnUNetTrainerLightMedSeg.configure_optimizers is AdamWRecipe.configure_optimizers
     for name, rate in (
-        ("nnUNetTrainerLightMedSeg", 4e-3),
-        ("nnUNetTrainerLightMedSeg_5epochs", 4e-3),
+        ("nnUNetTrainerLightMedSeg", 5e-3),
+        ("nnUNetTrainerLightMedSeg_5epochs", 5e-3),
         ("nnUNetTrainerLightMedSeg_AdamW", 1e-3),
         ("nnUNetTrainerLightMedSeg_opOff_AdamW_4epochs_seed1", 1e-3),
         ("nnUNetTrainer_AdamW", 1e-3),
