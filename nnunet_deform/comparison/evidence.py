@@ -21,7 +21,7 @@ Means of few patients with a long tail are skewed, and Student's t then errs on 
 (J. R. Stat. Soc. B 54, 1992) corrects that side and loses on the other, so that each side takes whichever of the two
 says less: intervals are Student's, lengthened towards the longer tail. The skewness of a few patients is too small on
 average; for two-sided tests the side of the shorter tail makes up for that, for equivalence it is multiplied by
-1 + (25 / n)^2. benchmarks/verdicts.py shows what that holds.
+1 + (30 / n)^2. benchmarks/verdicts.py shows what that holds.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Estimate:
         return self._cautious().interval(2 * alpha)
 
     def _cautious(self) -> Estimate:
-        return replace(self, skew=self.skew * (1 + (25 / self.number) ** 2))
+        return replace(self, skew=self.skew * (1 + (30 / self.number) ** 2))
 
     def _pivots(self, value: float) -> tuple[np.ndarray, np.ndarray]:
         with np.errstate(divide="ignore", invalid="ignore"):
