@@ -87,11 +87,9 @@ def test_compiles_to_one_operation_each_way(channels, out_channels, kernel, stri
 
 @pytest.mark.parametrize(("channels", "out_channels", "kernel", "stride", "groups"), CASES)
 def test_passes_torchs_checks_of_operators(channels, out_channels, kernel, stride, groups):
-    if groups > 1:
-        pytest.skip("torch's own operator")
     leaves = [leaf.requires_grad_() for leaf in case(channels, out_channels, kernel, groups)]
     padding = [k // 2 for k in kernel]
-    torch.library.opcheck(torch.ops.nnunet_deform.few_channel_conv, (*leaves, list(stride), padding))
+    torch.library.opcheck(torch.ops.nnunet_deform.few_channel_conv, (*leaves, list(stride), padding, groups))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -60,9 +60,12 @@ def test_the_operators_are_registered_without_a_schema_that_old_versions_ignore(
     result = subprocess.run([sys.executable, "-c", OLD_REGISTRATION], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     names = (
-        *("deform_conv", "deform_conv_backward", "deform_conv_opaque", "deform_conv_opaque_backward"),
-        *("few_channel_conv", "few_channel_conv_backward", "mlp", "mlp_backward"),
-        *("resample_linear", "resample_linear_backward"),
+        *("concatenate_channels", "deform_conv", "deform_conv_backward"),
+        *("deform_conv_opaque", "deform_conv_opaque_backward", "few_channel_conv", "few_channel_conv_backward"),
+        *("ghost_features", "ghost_features_backward", "group_norm", "group_norm_backward"),
+        *("layer_norm", "layer_norm_backward", "mixture", "mixture_backward", "mlp", "mlp_backward"),
+        *("resample_linear", "resample_linear_backward", "split_channels"),
+        *("squeeze_excite", "squeeze_excite_backward"),
     )
     assert result.stdout.split() == [f"nnunet_deform::{name}" for name in names]
 
