@@ -88,7 +88,12 @@ def mixture(logits: Tensor, maps: Iterable[Tensor]) -> Tensor:
     shares, maps = logits.softmax(1).split(1, dim=1), iter(maps)
     mixed = multiplied(next(maps), shares[0])
     for one, share in zip(maps, shares[1:], strict=True):
-        mixed = torch.addcmul(mixed, one, share) if torch.is_grad_enabled() else mixed.addcmul_(one, share)
+        if not torch.is_grad_enabled():
+            mixed.addcmul_(one, share)
+        elif one.dtype == mixed.dtype:
+            mixed = torch.addcmul(mixed, one, share)
+        else:  # autocast would have addcmul keep a wide copy of the map
+            mixed = mixed + one * share
     return mixed
 
 

@@ -198,7 +198,7 @@ def test_a_metric_is_its_entry_in_the_registry(trial, monkeypatch):
     assert means["DeformUX"] < means["stock"]  # the stand-in's errors, see fake_nnunet.py
     assert set(pd.read_csv(folder / "contrasts.csv")["metric"]) == {*METRICS}
     assert " VE " in (folder / "arms.tex").read_text()
-    for words in ("<h3>VE</h3>", "VE (%)", "VE: the volume&#39;s relative error.", "+-0.25"):
+    for words in ("VE: pairs and classes", "VE (%)", "VE: the volume&#39;s relative error.", "+-0.25"):
         assert words in page
     # the stand-ins' primary contrast is that of the new metric, and its own band is declared
     hypotheses = pd.read_csv(folder / "hypotheses.csv")
