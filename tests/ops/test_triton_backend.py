@@ -35,8 +35,8 @@ def release(package: str) -> tuple[int, int]:
 
 
 needs_interpreter = pytest.mark.skipif(
-    release("triton") < (3, 5) and release("numpy") >= (2, 4),
-    reason="Triton's interpreter takes arrays of one element for numbers up to 3.4, which NumPy refuses from 2.4 on",
+    release("triton") < (3, 7) and release("numpy") >= (2, 4),
+    reason="Triton's interpreter takes arrays of one element for numbers up to 3.6, which NumPy refuses from 2.4 on",
 )
 
 
