@@ -463,6 +463,7 @@ def _comparison_errors(interrupted: str = "the same command goes on where it sto
         except ImportError as error:
             raise _fail(f"{error.name} is not installed; run: pip install 'nnunet-deform[compare]'") from None
         from nnunet_deform.commands import CommandError
+        from nnunet_deform.comparison.archive import ArchiveError
         from nnunet_deform.comparison.collect import CollectionError
         from nnunet_deform.comparison.experiment import ExperimentError
         from nnunet_deform.comparison.prepare import PreparationError
@@ -473,8 +474,8 @@ def _comparison_errors(interrupted: str = "the same command goes on where it sto
         from nnunet_deform.comparison.trainings import TrainingError
     except activation.ActivationError as error:
         raise _fail(str(error)) from None
-    known = (CommandError, CollectionError, ExperimentError, PreparationError, ResultsError, RunError, ScoringError)
-    known += (SplitError, TrainingError)
+    known = (ArchiveError, CommandError, CollectionError, ExperimentError, PreparationError, ResultsError)
+    known += (RunError, ScoringError, SplitError, TrainingError)
     try:
         yield
     except known as error:
@@ -484,14 +485,16 @@ def _comparison_errors(interrupted: str = "the same command goes on where it sto
 
 
 @contextlib.contextmanager
-def _opened_comparison(file: Path, *, accept_versions: bool = False) -> Iterator["Comparison"]:
+def _opened_comparison(
+    file: Path, *, accept_versions: bool = False, archive: Path | None = None
+) -> Iterator["Comparison"]:
     """The experiment, while signals end its commands too."""
     with _comparison_errors():
         from nnunet_deform.commands import Interrupts
         from nnunet_deform.comparison.run import Comparison
 
         with Interrupts() as interrupts:
-            yield Comparison(file, Console(), interrupts, accept_versions=accept_versions)
+            yield Comparison(file, Console(), interrupts, accept_versions=accept_versions, archive=archive)
 
 
 @compare.command("init")
@@ -538,13 +541,24 @@ def compare_check(
 
 
 @compare.command("run")
-def compare_run(file: _ExperimentFile, accept_versions: _AcceptVersions = False) -> None:
+def compare_run(
+    file: _ExperimentFile,
+    accept_versions: _AcceptVersions = False,
+    archive: Annotated[
+        Path | None,
+        typer.Option(
+            "--archive",
+            help="Keep scores and records of each finished training in this folder, as small text files. Trainings "
+            "that it has already, from another machine perhaps, are not repeated.",
+        ),
+    ] = None,
+) -> None:
     """Plan, preprocess, train, predict, score and report; goes on where an earlier run stopped."""
-    with _opened_comparison(file, accept_versions=accept_versions) as comparison:
+    with _opened_comparison(file, accept_versions=accept_versions, archive=archive) as comparison:
         from nnunet_deform.comparison.report import build_report
 
         failures = comparison.run()
-        page = build_report(file)
+        page = build_report(file, archive)
     print(f"Report: {page}")
     if failures:
         raise _fail("\n".join(["the report is incomplete, because these failed:", *failures]))
@@ -607,13 +621,44 @@ def compare_workflow(file: _ExperimentFile) -> None:
         print(f"  {shlex.join(['snakemake', '-s', str(folder / 'Snakefile'), '--profile', str(folder / name)])}")
 
 
+@compare.command("archive")
+def compare_archive(
+    file: _ExperimentFile,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder: new, or an archive to add to.")],
+) -> None:
+    """Keep scores, records and costs of what is finished as small text files, to commit or to send."""
+    with _comparison_errors():
+        from nnunet_deform.comparison.archive import write_archive
+        from nnunet_deform.comparison.experiment_file import find_folders, load_experiment
+        from nnunet_deform.comparison.findings import gather
+
+        source = load_experiment(file)
+        findings = gather(source, find_folders(source))
+        write_archive(findings, output)
+    finished = len(findings.trainings) - len(findings.collected.missing)
+    print(f"Wrote {output}: {finished} of {len(findings.trainings)} trainings.")
+
+
 @compare.command("report")
-def compare_report(file: _ExperimentFile) -> None:
+def compare_report(
+    file: Annotated[
+        Path, typer.Argument(metavar="EXPERIMENT.yaml|ARCHIVE", help="The experiment file, or an archive of one.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The folder for an archive's report. Default: report, in the archive."),
+    ] = None,
+) -> None:
     """Write the report of what is finished."""
     with _comparison_errors():
-        from nnunet_deform.comparison.report import build_report
+        from nnunet_deform.comparison.report import build_archive_report, build_report
 
-        page = build_report(file)
+        if file.is_dir():
+            page = build_archive_report(file, output or file / "report")
+        elif output is None:
+            page = build_report(file)
+        else:
+            raise _fail("an experiment's report goes into its output folder; -o is for that of an archive.")
     print(f"Report: {page}")
 
 

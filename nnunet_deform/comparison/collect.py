@@ -177,14 +177,14 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         expected = read_json(found.splits_file)[training.fold]["val"]
         faults += check_scores(table, expected, tuple(found.labels), str(training))
         patients = patients_by_dataset[training.dataset]
-        out_of_fold.append(_described(table, training, training.fold).assign(patient=table["case"].map(patients)))
+        out_of_fold.append(describe_scores(table, training, training.fold).assign(patient=table["case"].map(patients)))
         summary = test_folder(training, folders) / "summary.json"
         of_test = _read_scores(ensemble_scores_file(training, folders), summary, tolerance)
         if of_test is not None and is_predicted(experiment, training, folders):
             # Which cases these are nnU-Net has checked.
             faults += check_scores(of_test, list(of_test["case"]), tuple(found.labels), f"{training}, test set")
             of_cases = of_test["case"].map(patients).fillna(of_test["case"])  # not all mappings name test cases
-            test.append(_described(of_test, training, -1).assign(patient=of_cases))
+            test.append(describe_scores(of_test, training, -1).assign(patient=of_cases))
     if faults:
         raise CollectionError("\n".join(faults))
     empty = pd.DataFrame(columns=columns())
@@ -195,7 +195,8 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
     )
 
 
-def _described(table: pd.DataFrame, training: Training, fold: int) -> pd.DataFrame:
+def describe_scores(table: pd.DataFrame, training: Training, fold: int) -> pd.DataFrame:
+    """The same rows with the columns that tell trainings apart; fold: -1 for the test set."""
     return table.assign(
         dataset=training.dataset,
         configuration=training.configuration,

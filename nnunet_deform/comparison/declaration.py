@@ -46,6 +46,10 @@ def declaration(experiment: Experiment, file: Path) -> dict[str, Any]:
     }
 
 
+Declared = tuple[str, str, dict[str, Any]]
+"""Date, SHA-256 and content of what was declared."""
+
+
 def digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of a declaration, whatever its layout."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -58,8 +62,8 @@ def declare(folder: Path, content: Mapping[str, Any], date: str) -> None:
         write_json(file, {"date": date, "sha256": digest(content), "content": content})
 
 
-def read_declaration(folder: Path) -> tuple[str, str, dict[str, Any]] | None:
-    """Date, SHA-256 and content; None where there is none, or one whose content and SHA-256 disagree."""
+def read_declaration(folder: Path) -> Declared | None:
+    """None where there is none, or one whose content and SHA-256 disagree."""
     file = folder / "declared.json"
     if not file.exists():
         return None

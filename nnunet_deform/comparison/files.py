@@ -37,6 +37,12 @@ def write_table(file: Path, table: pd.DataFrame) -> None:
         table.to_parquet(partial, index=False)
 
 
+def write_csv(file: Path, table: pd.DataFrame) -> None:
+    """Numbers in the shortest form that keeps every bit of them."""
+    with _replacing(file) as partial:
+        table.to_csv(partial, index=False, lineterminator="\n")
+
+
 def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=2) + "\n")
 

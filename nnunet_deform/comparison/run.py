@@ -18,6 +18,7 @@ from rich.text import Text
 
 from nnunet_deform import activation
 from nnunet_deform.commands import Interrupts, describe_exit, last_lines, run_command
+from nnunet_deform.comparison.archive import is_archive, read_archive, write_archive
 from nnunet_deform.comparison.check import check_experiment, find_datasets
 from nnunet_deform.comparison.collect import (
     is_predicted,
@@ -32,6 +33,7 @@ from nnunet_deform.comparison.declaration import declaration, declare
 from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.experiment_file import ExperimentFile, find_folders, load_experiment
 from nnunet_deform.comparison.files import read_json, write_text
+from nnunet_deform.comparison.findings import gather
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset, prepare_dataset
 from nnunet_deform.comparison.trainings import (
     Training,
@@ -43,6 +45,7 @@ from nnunet_deform.comparison.trainings import (
     list_trainings,
     now,
     read_record,
+    refuse_other_origin,
     refuse_other_versions,
 )
 
@@ -63,13 +66,24 @@ def _ignore(_line: str) -> None:
 class Comparison:
     """An experiment file with its folders, and the commands that it needs."""
 
-    def __init__(self, file: Path, console: Console, interrupts: Interrupts, *, accept_versions: bool = False) -> None:
+    def __init__(
+        self,
+        file: Path,
+        console: Console,
+        interrupts: Interrupts,
+        *,
+        accept_versions: bool = False,
+        archive: Path | None = None,
+    ) -> None:
         """
         Args:
             accept_versions: train although earlier trainings were made with other releases of what makes them.
+            archive: a folder of :mod:`archive` to which :meth:`run` adds each finished training; what it has already is
+                not trained again.
 
         Raises:
             ExperimentError: see there.
+            ArchiveError: the archive cannot be used.
         """
         self.source: ExperimentFile = load_experiment(file)
         self.file = self.source.path
@@ -82,6 +96,8 @@ class Comparison:
         self._console = console
         self._interrupts = interrupts
         self._accept_versions = accept_versions
+        self._archive = archive
+        self._archived = read_archive(archive) if archive is not None and is_archive(archive) else None
         self._locks: tuple[int, ...] = ()
 
     def _environment(self) -> dict[str, str]:
@@ -263,7 +279,9 @@ class Comparison:
 
     def _refuse_other_versions(self) -> None:
         if not self._accept_versions:
-            refuse_other_versions(self.trainings, self.folders)
+            mine = {training: read_record(training, self.folders) for training in self.trainings}
+            archived = {} if self._archived is None else self._archived.records
+            refuse_other_versions({**archived, **{training: record for training, record in mine.items() if record}})
 
     def arms(self) -> list[list[Training]]:
         """Each arm's trainings with the first seed on a dataset, one a fold."""
@@ -339,11 +357,14 @@ class Comparison:
 
     def _run(self) -> list[str]:
         self._prepare()
+        elsewhere = self._done_elsewhere()
+        self._keep()
         failures: list[str] = []
-        todo = [training for training in self.trainings if not self.is_done(training)]
+        here = [training for training in self.trainings if training not in elsewhere]
+        todo = [training for training in here if not self.is_done(training)]
         self._console.print(f"{len(self.trainings)} trainings, {len(self.trainings) - len(todo)} of them done.")
         with self._showing(todo) as clock:
-            for training in self.trainings:
+            for training in here:
                 if training not in todo:
                     self.train(training)  # scores it, if that is still missing
                     continue
@@ -352,16 +373,40 @@ class Comparison:
                 with _noting(failures, str(training)), self.locked(training.key):
                     self.train(training, clock.read)
                 clock.stop()
+                self._keep()
         # The report is worth having without these.
         for arm in self.arms():
-            if self.has_test_set(arm[0]) and all(self.is_done(training) for training in arm):
+            if self.has_test_set(arm[0]) and all(t in here and self.is_done(t) for t in arm):
                 with _noting(failures, f"test set with {arm[0].arm_key}"):
                     self.predict_test(arm)
         for arm in self.arms():
-            if self.is_done(arm[0]):
+            if arm[0] in here and self.is_done(arm[0]):
                 with _noting(failures, f"cost of {arm[0].arm_key}"):
                     self.measure_cost(arm)
+        self._keep()
         return failures
+
+    def _keep(self) -> None:
+        """Add what is finished to the archive, if there is one."""
+        if self._archive is not None:
+            write_archive(gather(self.source, self.folders), self._archive)
+
+    def _done_elsewhere(self) -> set[Training]:
+        """Those that the archive has and this machine has not.
+
+        Raises:
+            TrainingError: they are of other settings, folds or plans than the experiment now has.
+        """
+        if self._archived is None:
+            return set()
+        missing = self._archived.collected.missing
+        archived = {t.key: record for t, record in self._archived.records.items() if t not in missing}
+        found = set()
+        for training in self.trainings:
+            if training.key in archived and read_record(training, self.folders) is None:
+                refuse_other_origin(training, archived[training.key], self.datasets[training.dataset])
+                found.add(training)
+        return found
 
     @contextmanager
     def _showing(self, todo: list[Training]) -> Iterator[_Clock]:

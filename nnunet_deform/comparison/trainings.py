@@ -6,10 +6,11 @@ import datetime
 import platform
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import fingerprint, read_json, write_json
@@ -115,6 +116,15 @@ def list_trainings(experiment: Experiment, folders: Folders) -> list[Training]:
     listed = [(names[dataset.id], dataset.configuration) for dataset in experiment.datasets]
     if twice := [name for position, (name, c) in enumerate(listed) if (name, c) in listed[:position]]:
         raise PreparationError(f"{twice[0]} is listed twice with the same configuration, by number and by name.")
+    return name_trainings(experiment, names)
+
+
+def name_trainings(experiment: Experiment, names: Mapping[int | str, str]) -> list[Training]:
+    """The same without the datasets.
+
+    Args:
+        names: full names of the datasets by the experiment's ids.
+    """
     return [
         Training(
             dataset=names[dataset.id],
@@ -137,7 +147,11 @@ def read_record(training: Training, folders: Folders) -> Record | None:
     file = record_file(training, folders)
     if not file.exists():
         return None
-    content = read_json(file)
+    return to_record(read_json(file))
+
+
+def to_record(content: Mapping[str, Any]) -> Record:
+    """From what a JSON file has of it."""
     return Record(**{**content, "commands": tuple(content["commands"])})
 
 
@@ -169,15 +183,14 @@ def installed_versions() -> dict[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def refuse_other_versions(trainings: Sequence[Training], folders: Folders) -> None:
+def refuse_other_versions(records: Mapping[Training, Record]) -> None:
     """
     Raises:
         TrainingError: one of these trainings was begun with other releases of what makes training data and networks.
     """
     installed = installed_versions()
-    for training in trainings:
-        record = read_record(training, folders)
-        then = {} if record is None else record.versions
+    for training, record in records.items():
+        then = record.versions
         changed = [
             f"{name} {then[name]}, not {installed[name]}"
             for name in TRAINING_PACKAGES
@@ -218,16 +231,7 @@ def is_done(training: Training, found: DatasetFolders, folders: Folders) -> bool
                 "another results folder."
             )
         return False
-    _refuse_other_settings(training, record)
-    for what, file, then in (
-        ("splits", found.splits_file, record.splits),
-        ("plans", found.plans_file(training.plans), record.plans),
-    ):
-        if fingerprint(file) != then:
-            raise TrainingError(
-                f"mixed {what}: {training} was trained with another {file.name} than the one that is there now; put "
-                f"the old {file} back, or start anew in another output folder."
-            )
+    refuse_other_origin(training, record, found)
     if record.finished is None:
         return False
     summary = training.summary(folders.results)
@@ -239,11 +243,33 @@ def is_done(training: Training, found: DatasetFolders, folders: Folders) -> bool
     return True
 
 
+def refuse_other_origin(training: Training, record: Record, found: DatasetFolders) -> None:
+    """
+    Raises:
+        TrainingError: the training was made with other settings than the experiment's, or from other folds or plans
+            than those that are there.
+    """
+    refuse_other_settings(training, record)
+    for what, file, then in (
+        ("splits", found.splits_file, record.splits),
+        ("plans", found.plans_file(training.plans), record.plans),
+    ):
+        if fingerprint(file) != then:
+            raise TrainingError(
+                f"mixed {what}: {training} was trained with another {file.name} than the one that is there now; put "
+                f"the old {file} back, or start anew in another output folder."
+            )
+
+
 _LENGTH = re.compile(r"_(\d+)epochs(?:(\d+)iters)?(?=_|$)")
 
 
-def _refuse_other_settings(training: Training, record: Record) -> None:
-    """The experiment's settings are in the names of trainer and plans, which the commands of a training have."""
+def refuse_other_settings(training: Training, record: Record) -> None:
+    """The experiment's settings are in the names of trainer and plans, which the commands of a training have.
+
+    Raises:
+        TrainingError: the training was made with other settings.
+    """
     command = shlex.split(record.commands[0]) if record.commands else []
     if not {"-tr", "-p"} <= set(command):
         return

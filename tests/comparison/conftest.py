@@ -37,6 +37,20 @@ def fakes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def undisturbed(fakes, tmp_path_factory) -> Trial:
+    """A complete run, not to be changed, and its calls."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
+        patch.setattr(commands, "_POLL_S", 0.02)
+        patch.setenv("FAKE_CALLS", str(folder / "calls.jsonl"))
+        trial = Trial(folder / "work")
+        trial.write()
+        assert trial.run() == []
+    return trial
+
+
 @pytest.fixture
 def use_fakes(fakes, tmp_path, monkeypatch) -> None:
     for module in (commands, write):

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from trial import NAME, Trial
 
-from nnunet_deform import activation, commands
+from nnunet_deform import activation
 from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.collect import CollectionError
 from nnunet_deform.comparison.experiment import ExperimentError
@@ -53,20 +53,6 @@ commands._GRACE_S = 0.5
 with commands.Interrupts() as interrupts:
     assert run.Comparison(Path(sys.argv[2]), Console(), interrupts).run() == []
 """
-
-
-@pytest.fixture(scope="session")
-def undisturbed(fakes, tmp_path_factory) -> Trial:
-    """A complete run, not to be changed, and its calls."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
-        patch.setattr(commands, "_POLL_S", 0.02)
-        patch.setenv("FAKE_CALLS", str(folder / "calls.jsonl"))
-        trial = Trial(folder / "work")
-        trial.write()
-        assert trial.run() == []
-    return trial
 
 
 @pytest.fixture

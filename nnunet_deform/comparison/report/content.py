@@ -10,12 +10,10 @@ import pandas as pd
 
 from nnunet_deform.comparison.analysis import Analysis, DatasetAnalysis
 from nnunet_deform.comparison.cost import Cost
+from nnunet_deform.comparison.curves import Curve
 from nnunet_deform.comparison.design import Design
 from nnunet_deform.comparison.metrics import Region
 from nnunet_deform.comparison.operators import Diagnostics
-
-Curve = tuple[Sequence[int], Sequence[float], Sequence[float]]
-"""Epochs, training and validation losses of one training."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -18,10 +17,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 
 from nnunet_deform.comparison.analysis import DatasetAnalysis, Hypothesis, MetricAnalysis
 from nnunet_deform.comparison.cost import Cost
+from nnunet_deform.comparison.curves import Curve
 from nnunet_deform.comparison.metrics import METRICS, Metric
 from nnunet_deform.comparison.parts import Part
 from nnunet_deform.comparison.ranking import Ranking
-from nnunet_deform.comparison.report.content import Curve
 from nnunet_deform.comparison.report.words import number_format, with_interval
 from nnunet_deform.comparison.verdicts import Contrast, Kind
 
@@ -398,20 +397,6 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
         return _svg(
             figure, name, f"Mean {metric.metric.name} against cost. Beaten by no other in both: {'; '.join(told)}."
         )
-
-
-def read_curve(folder: Path) -> Curve:
-    """Epochs, training and validation losses from nnU-Net's logs of one fold; later runs replace earlier ones."""
-    losses: dict[int, dict[str, float]] = {}
-    for log in sorted(folder.glob("training_log_*.txt")):
-        epoch = None
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            if found := re.search(r": Epoch (\d+)\s*$", line):
-                epoch = int(found[1])
-            elif epoch is not None and (found := re.search(r": (train_loss|val_loss) (\S+)", line)):
-                losses.setdefault(epoch, {})[found[1]] = float(found[2])
-    epochs = sorted(epoch for epoch, values in losses.items() if len(values) == 2)
-    return epochs, [losses[e]["train_loss"] for e in epochs], [losses[e]["val_loss"] for e in epochs]
 
 
 def learning_curves(arms: Sequence[str], curves: Mapping[str, Sequence[Curve]], name: str) -> str:

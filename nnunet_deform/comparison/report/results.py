@@ -14,9 +14,9 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunet_deform.comparison import operators
 from nnunet_deform.comparison.analysis import analyse
 from nnunet_deform.comparison.collect import columns
+from nnunet_deform.comparison.curves import Curve, read_curve
 from nnunet_deform.comparison.files import fingerprint, read_json
-from nnunet_deform.comparison.report.content import Curve, DatasetContent, Provenance, ReportContent, Volumes
-from nnunet_deform.comparison.report.figures import read_curve
+from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReportContent, Volumes
 from nnunet_deform.comparison.report.pictures import read_volumes
 from nnunet_deform.comparison.results import Results, images_of
 from nnunet_deform.comparison.trainings import Training
