@@ -5,7 +5,8 @@
     archive.json         what the experiment says now, classes, tolerances and folds of its datasets
     trainings/<arm>_seed<S>_fold<F>.json  its record, losses and what its operators did
     trainings/<arm>_seed<S>_fold<F>.csv   its scores out of fold; only finished trainings have this file
-    test/<arm>.csv       scores of the test set
+    trainings/<arm>_seed<S>_fold<F>_test.csv  scores of the test set, where trainings predict it by themselves
+    test/<arm>.csv       the same, where an arm's folds predict it together
     costs/<arm>.json
 
 Arms are named as in :attr:`Training.arm_key`. Models, predictions and images are left out.
@@ -20,9 +21,10 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_deform.comparison.collect import Collected, check_scores, columns, describe_scores
+from nnunet_deform.comparison.collect import Collected, check_scores, columns, describe_scores, predicts_alone
 from nnunet_deform.comparison.cost import Cost
 from nnunet_deform.comparison.declaration import read_declaration
+from nnunet_deform.comparison.experiment import Experiment
 from nnunet_deform.comparison.experiment_file import load_experiment
 from nnunet_deform.comparison.files import read_json, write_csv, write_json, write_text
 from nnunet_deform.comparison.findings import Facts, Findings
@@ -37,7 +39,7 @@ from nnunet_deform.comparison.trainings import (
 )
 
 FORMAT = 1
-_COUNTS = ("seed", "voxels_truth", "voxels_prediction")
+_COUNTS = ("voxels_truth", "voxels_prediction")
 
 
 class ArchiveError(RuntimeError):
@@ -69,10 +71,9 @@ def write_archive(findings: Findings, folder: Path) -> None:
         if there is None or arm_key not in there.costs:
             write_json(folder / "costs" / f"{arm_key}.json", asdict(cost))
     for training in findings.trainings:
-        rows = _rows_of_arm(findings.collected.test, training)
-        file = folder / "test" / f"{training.arm_key}.csv"
+        rows, file = _test_rows(findings, training), _test_file(findings.experiment, training, folder)
         if len(rows) and not file.exists():
-            write_csv(file, rows[["seed", "patient", *score_columns()]])
+            write_csv(file, rows[["patient", *score_columns()]])
     commands = {} if there is None else there.test_commands
     write_json(folder / "archive.json", _contents(findings, {**commands, **findings.test_commands}))
 
@@ -143,6 +144,19 @@ def _write_training(findings: Findings, training: Training, record: Record, fold
     write_json(file.with_name(f"{file.name}.json"), content)
 
 
+def _test_file(experiment: Experiment, training: Training, folder: Path) -> Path:
+    if predicts_alone(experiment, training):
+        return folder / "trainings" / f"{training.key}_test.csv"
+    return folder / "test" / f"{training.arm_key}.csv"
+
+
+def _test_rows(findings: Findings, training: Training) -> pd.DataFrame:
+    rows = _rows_of_arm(findings.collected.test, training)
+    if predicts_alone(findings.experiment, training):
+        rows = rows[(rows["seed"] == training.seed) & (rows["fold"] == training.fold)]
+    return rows
+
+
 def _rows_of_arm(table: pd.DataFrame, training: Training) -> pd.DataFrame:
     keys = ("dataset", "configuration", "arm")
     return table[(table[list(keys)] == [getattr(training, key) for key in keys]).all(axis=1)]
@@ -177,8 +191,9 @@ def read_archive(folder: Path) -> Findings:
     trainings = tuple(name_trainings(experiment, by_id))
     for training in trainings:
         reading.add(training)
-    for arm in dict.fromkeys((t.dataset, t.configuration, t.arm, t.arm_key) for t in trainings):
-        reading.add_arm(*arm)
+        reading.add_test(training, predicts_alone(experiment, training), _test_file(experiment, training, folder))
+    for arm_key in dict.fromkeys(training.arm_key for training in trainings):
+        reading.add_cost(arm_key)
     reading.refuse_faults()
     return Findings(
         experiment=experiment,
@@ -229,6 +244,7 @@ class _Reading:
         self.cases: list[pd.DataFrame] = []
         self.test: list[pd.DataFrame] = []
         self.costs: dict[str, Cost] = {}
+        self._tested: set[Path] = set()
 
     def add(self, training: Training) -> None:
         file = self._folder / "trainings" / f"{training.key}.json"
@@ -251,7 +267,7 @@ class _Reading:
         scores = file.with_suffix(".csv")
         if scores.exists():
             facts = self._facts[training.dataset, training.configuration]
-            table = self._read_table(scores, ["patient", *score_columns()])
+            table = self._read_table(scores)
             expected = facts.validation.get(training.fold, ())
             self._faults += check_scores(table, expected, tuple(facts.labels), str(training))
             self.cases.append(describe_scores(table, training, training.fold))
@@ -272,28 +288,34 @@ class _Reading:
                     f"{training} and {first} were trained with different {what}, so they cannot be compared."
                 )
 
-    def add_arm(self, dataset: str, configuration: str, arm: str, arm_key: str) -> None:
-        cost, test = (self._folder / name / f"{arm_key}{end}" for name, end in (("costs", ".json"), ("test", ".csv")))
-        if cost.exists():
+    def add_cost(self, arm_key: str) -> None:
+        file = self._folder / "costs" / f"{arm_key}.json"
+        if file.exists():
             try:
-                self.costs[arm_key] = Cost(**read_json(cost))
+                self.costs[arm_key] = Cost(**read_json(file))
             except (ValueError, TypeError):
-                raise _damaged(cost, "it is no JSON with the figures of a cost") from None
-        if test.exists():
-            table = self._read_table(test, ["seed", "patient", *score_columns()])
-            facts = self._facts[dataset, configuration]
-            for seed, rows in table.groupby("seed"):
-                what = f"{arm}, seed {seed}, test set of {dataset}"
-                self._faults += check_scores(rows, list(rows["case"]), tuple(facts.labels), what)
-            self.test.append(table.assign(dataset=dataset, configuration=configuration, arm=arm, fold=-1))
+                raise _damaged(file, "it is no JSON with the figures of a cost") from None
 
-    def _read_table(self, file: Path, names: list[str]) -> pd.DataFrame:
+    def add_test(self, training: Training, alone: bool, file: Path) -> None:
+        """
+        Args:
+            alone: whether the training predicted by itself; file: see :func:`_test_file`.
+        """
+        if file in self._tested or not file.exists():
+            return  # an arm's folds have one file together
+        self._tested.add(file)
+        table = self._read_table(file)
+        labels = tuple(self._facts[training.dataset, training.configuration].labels)
+        self._faults += check_scores(table, list(table["case"]), labels, f"{training}, test set")
+        self.test.append(describe_scores(table, training, training.fold if alone else -1))
+
+    def _read_table(self, file: Path) -> pd.DataFrame:
         try:
             text = pd.read_csv(file, dtype=str)
-            if lacking := [name for name in names if name not in text]:
+            if lacking := [name for name in ("patient", *score_columns()) if name not in text]:
                 raise _damaged(file, f"it lacks the columns {', '.join(lacking)}")
             # Python's own conversion, unlike pandas', keeps every bit.
-            return text.astype({name: float for name in METRICS} | {n: int for n in _COUNTS if n in names})
+            return text.astype(dict.fromkeys(METRICS, float) | dict.fromkeys(_COUNTS, int))
         except ValueError as error:
             raise _damaged(file, f"it is no table of scores ({error})") from None
 

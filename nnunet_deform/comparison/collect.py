@@ -33,26 +33,40 @@ class CollectionError(RuntimeError):
 @dataclass(frozen=True)
 class Collected:
     """cases: one row a training, case and class, out of fold, with :func:`columns`; test: the same of the test set,
-    predicted by the folds' ensemble, fold -1; missing: why a training has no scores, by its words."""
+    fold -1 where it was predicted by the ensemble of the folds; missing: why a training has no scores, by its words."""
 
     cases: pd.DataFrame
     test: pd.DataFrame
     missing: dict[Training, str]
 
 
-def test_folder(training: Training, folders: Folders) -> Path:
-    """Where the test cases' predictions of an arm's folds lie."""
-    return folders.output / "test" / training.arm_key
+def predicts_alone(experiment: Experiment, training: Training) -> bool:
+    """Whether each training predicts the test set by itself, and not an arm's folds together."""
+    return experiment.dataset(training.dataset, training.configuration).test == "trainings"
+
+
+def test_key(experiment: Experiment, training: Training) -> str:
+    """Names the test predictions that a training takes part in."""
+    return training.key if predicts_alone(experiment, training) else training.arm_key
+
+
+def test_folder(experiment: Experiment, training: Training, folders: Folders) -> Path:
+    """Where they lie."""
+    return folders.output / "test" / test_key(experiment, training)
+
+
+def _test_folds(experiment: Experiment, training: Training) -> tuple[int, ...]:
+    return (training.fold,) if predicts_alone(experiment, training) else experiment.folds
 
 
 def test_commands(
     experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders
 ) -> list[list[str]]:
-    """nnU-Net's commands that predict imagesTs with an arm's folds, and evaluate that."""
-    folder, processes = test_folder(training, folders), str(experiment.resources.processes)
+    """nnU-Net's commands that predict imagesTs with a training or an arm's folds, and evaluate that."""
+    folder, processes = test_folder(experiment, training, folders), str(experiment.resources.processes)
     predict = ["nnUNetv2_predict", "-d", training.dataset, "-i", str(found.raw / "imagesTs"), "-o", str(folder)]
     predict += ["-c", training.configuration, "-tr", training.trainer, "-p", training.plans]
-    predict += ["-f", *(str(fold) for fold in experiment.folds), "-device", experiment.device]
+    predict += ["-f", *(str(fold) for fold in _test_folds(experiment, training)), "-device", experiment.device]
     predict += ["-npp", processes, "-nps", processes]
     predict += [] if experiment.mirroring else ["--disable_tta"]
     evaluate = ["nnUNetv2_evaluate_folder", str(found.raw / "labelsTs"), str(folder), "-np", processes]
@@ -63,19 +77,20 @@ def test_commands(
 
 def write_ensemble(experiment: Experiment, training: Training, folders: Folders) -> None:
     """Note in an empty :func:`test_folder` what its predictions will be made from."""
-    write_json(test_folder(training, folders) / "made_from.json", _ensemble(experiment, training, folders))
+    write_json(test_folder(experiment, training, folders) / "made_from.json", _ensemble(experiment, training, folders))
 
 
 def is_predicted(experiment: Experiment, training: Training, folders: Folders) -> bool:
-    """Whether the test set was predicted by the experiment's folds as they are, and evaluated."""
-    folder = test_folder(training, folders)
+    """Whether the test set was predicted by the trainings as they are, and evaluated."""
+    folder = test_folder(experiment, training, folders)
     files = folder / "summary.json", folder / "made_from.json"
     return all(file.exists() for file in files) and read_json(files[1]) == _ensemble(experiment, training, folders)
 
 
 def _ensemble(experiment: Experiment, training: Training, folders: Folders) -> dict[str, Any]:
-    records = [read_record(replace(training, fold=fold), folders) for fold in experiment.folds]
-    return {"folds": list(experiment.folds), "checkpoints": [record and record.checkpoint for record in records]}
+    folds = _test_folds(experiment, training)
+    records = [read_record(replace(training, fold=fold), folders) for fold in folds]
+    return {"folds": list(folds), "checkpoints": [record and record.checkpoint for record in records]}
 
 
 def scores_file(training: Training, folders: Folders) -> Path:
@@ -129,14 +144,18 @@ def score_training(experiment: Experiment, training: Training, found: DatasetFol
     _score(experiment, training, found, training.summary(folders.results), scores_file(training, folders))
 
 
-def ensemble_scores_file(training: Training, folders: Folders) -> Path:
+def test_scores_file(training: Training, folders: Folders) -> Path:
+    """
+    Args:
+        training: the one that predicts alone, or the first of the arm's folds.
+    """
     return folders.output / "scores" / f"{training.key}_test.parquet"
 
 
 def score_test(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
-    """Write the scores of an arm's test predictions, if they are not there with these tolerances."""
-    summary = test_folder(training, folders) / "summary.json"
-    _score(experiment, training, found, summary, ensemble_scores_file(training, folders))
+    """Write the scores of test predictions, if they are not there with these tolerances."""
+    summary = test_folder(experiment, training, folders) / "summary.json"
+    _score(experiment, training, found, summary, test_scores_file(training, folders))
 
 
 def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
@@ -178,13 +197,14 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         faults += check_scores(table, expected, tuple(found.labels), str(training))
         patients = patients_by_dataset[training.dataset]
         out_of_fold.append(describe_scores(table, training, training.fold).assign(patient=table["case"].map(patients)))
-        summary = test_folder(training, folders) / "summary.json"
-        of_test = _read_scores(ensemble_scores_file(training, folders), summary, tolerance)
+        summary = test_folder(experiment, training, folders) / "summary.json"
+        of_test = _read_scores(test_scores_file(training, folders), summary, tolerance)
         if of_test is not None and is_predicted(experiment, training, folders):
             # Which cases these are nnU-Net has checked.
             faults += check_scores(of_test, list(of_test["case"]), tuple(found.labels), f"{training}, test set")
             of_cases = of_test["case"].map(patients).fillna(of_test["case"])  # not all mappings name test cases
-            test.append(describe_scores(of_test, training, -1).assign(patient=of_cases))
+            fold = training.fold if predicts_alone(experiment, training) else -1
+            test.append(describe_scores(of_test, training, fold).assign(patient=of_cases))
     if faults:
         raise CollectionError("\n".join(faults))
     empty = pd.DataFrame(columns=columns())
@@ -196,7 +216,7 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
 
 
 def describe_scores(table: pd.DataFrame, training: Training, fold: int) -> pd.DataFrame:
-    """The same rows with the columns that tell trainings apart; fold: -1 for the test set."""
+    """The same rows with the columns that tell trainings apart; fold: -1 for an ensemble of folds."""
     return table.assign(
         dataset=training.dataset,
         configuration=training.configuration,

@@ -91,7 +91,8 @@ class Dataset(_Strict):
     """id: nnU-Net's number or name; batch_size: train with a copy of each plan that has this batch;
     patients: CSV or JSON that maps case to patient; splits: number of folds, if there is no splits_final.json yet;
     tolerance: of NSD in mm, one for all or one a class; None is the smallest voxel side of the median spacing;
-    test: predict and score imagesTs with labelsTs, which no decision may rest on."""
+    test: predict and score imagesTs with labelsTs, which no decision may rest on: true with the ensemble of each arm's
+    folds under the first seed, "trainings" with every training by itself."""
 
     id: int | str
     configuration: Name = "3d_fullres"
@@ -99,7 +100,7 @@ class Dataset(_Strict):
     patients: Path | None = None
     splits: Annotated[int, Field(ge=2, le=1000)] = 5
     tolerance: Millimetres | dict[str, Millimetres] | None = None
-    test: bool = False
+    test: bool | Literal["trainings"] = False
 
     @field_validator("id", mode="before")
     @classmethod

@@ -10,7 +10,14 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_deform.comparison.collect import Collected, collect, test_commands, tolerances
+from nnunet_deform.comparison.collect import (
+    Collected,
+    collect,
+    predicts_alone,
+    test_commands,
+    test_key,
+    tolerances,
+)
 from nnunet_deform.comparison.cost import Cost, read_cost
 from nnunet_deform.comparison.curves import Curve, read_curve
 from nnunet_deform.comparison.declaration import Declared, declaration, read_declaration
@@ -42,7 +49,7 @@ class Findings:
     """
     source: the experiment file's text; trainings: all that it wants; records: of those that were begun;
     curves, histories: of losses and of what the operators did; facts: by dataset and configuration;
-    costs, test_commands: by :attr:`Training.arm_key`, the latter nnU-Net's that predicted the test set;
+    costs: by :attr:`Training.arm_key`; test_commands: nnU-Net's, for the test set, by :func:`collect.test_key`;
     declared: the first declaration, None if there is no valid one; declaration: what the experiment says now.
     """
 
@@ -113,14 +120,17 @@ def _facts(
 def _test_commands(
     experiment: Experiment, folders: Folders, trainings: tuple[Training, ...], test: pd.DataFrame
 ) -> dict[str, tuple[str, ...]]:
-    tested = set(zip(*(test[key] for key in ("dataset", "configuration", "arm", "seed")), strict=True))
+    keys = ("dataset", "configuration", "arm", "seed", "fold")
+    tested = set(zip(*(test[key] for key in keys), strict=True))
     found = {}
     for training in trainings:
-        key = (training.dataset, training.configuration, training.arm, training.seed)
-        if key in tested and training.fold == experiment.folds[0]:
+        alone = predicts_alone(experiment, training)
+        fold = training.fold if alone else -1
+        of_test = (training.dataset, training.configuration, training.arm, training.seed, fold)
+        if of_test in tested and (alone or training.fold == experiment.folds[0]):
             dataset = find_dataset(experiment.dataset(training.dataset, training.configuration), folders)
             commands = test_commands(experiment, training, dataset, folders)
-            found[training.arm_key] = tuple(
+            found[test_key(experiment, training)] = tuple(
                 " ".join(_portable(argument, folders) for argument in command) for command in commands
             )
     return found

@@ -22,6 +22,7 @@ from nnunet_deform.comparison.archive import is_archive, read_archive, write_arc
 from nnunet_deform.comparison.check import check_experiment, find_datasets
 from nnunet_deform.comparison.collect import (
     is_predicted,
+    predicts_alone,
     score_test,
     score_training,
     test_commands,
@@ -245,7 +246,8 @@ class Comparison:
             self.train(training)
 
     def train(self, training: Training, on_line: Callable[[str], None] = _ignore) -> None:
-        """Train and validate one fold, from where it stopped, and score its predictions.
+        """Train and validate one fold, from where it stopped, and score its predictions, those of the test set, too, if
+        each training makes its own.
 
         Raises:
             RunError: the training failed; its record says how.
@@ -276,6 +278,8 @@ class Comparison:
                     raise RunError(how)
             finish(training, self.folders, record, time.monotonic() - started)
         score_training(self.experiment, training, found, self.folders)
+        if predicts_alone(self.experiment, training):
+            self._predict_test(training)
 
     def _refuse_other_versions(self) -> None:
         if not self._accept_versions:
@@ -293,10 +297,10 @@ class Comparison:
 
     def has_test_set(self, training: Training) -> bool:
         """Whether the experiment asks for the test set of the training's dataset."""
-        return self.experiment.dataset(training.dataset, training.configuration).test
+        return bool(self.experiment.dataset(training.dataset, training.configuration).test)
 
     def predict_test(self, arm: list[Training]) -> None:
-        """Predict and score imagesTs with the ensemble of an arm's folds.
+        """Predict and score imagesTs with the ensemble of an arm's folds, or with each of them, as the experiment says.
 
         Args:
             arm: one of :meth:`arms`.
@@ -304,11 +308,16 @@ class Comparison:
         Raises:
             RunError: a command failed, the experiment does not ask for it, or a fold is not trained.
         """
-        training, found = arm[0], self.datasets[arm[0].dataset]
-        if not self.has_test_set(training):
-            raise RunError(f"the experiment does not ask for a test set of {training.dataset}; set test: true there.")
+        first = arm[0]
+        if not self.has_test_set(first):
+            raise RunError(f"the experiment does not ask for a test set of {first.dataset}; set test: true there.")
         self._refuse_unfinished(arm)
-        experiment, folder = self.experiment, test_folder(training, self.folders)
+        for training in arm if predicts_alone(self.experiment, first) else [first]:
+            self._predict_test(training)
+
+    def _predict_test(self, training: Training) -> None:
+        experiment, found = self.experiment, self.datasets[training.dataset]
+        folder = test_folder(experiment, training, self.folders)
         if not is_predicted(experiment, training, self.folders):
             with self.locked(f"{training.key}_test"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -376,7 +385,8 @@ class Comparison:
                 self._keep()
         # The report is worth having without these.
         for arm in self.arms():
-            if self.has_test_set(arm[0]) and all(t in here and self.is_done(t) for t in arm):
+            alone = predicts_alone(self.experiment, arm[0])  # then they have
+            if self.has_test_set(arm[0]) and not alone and all(t in here and self.is_done(t) for t in arm):
                 with _noting(failures, f"test set with {arm[0].arm_key}"):
                     self.predict_test(arm)
         for arm in self.arms():

@@ -77,31 +77,52 @@ def test_files_are_small_and_name_no_folder_of_this_machine(undisturbed, archive
     assert not [file for file, text in texts.items() if str(undisturbed.folder) in text]
 
 
-def test_another_machine_goes_on_from_what_is_archived(undisturbed, tmp_path, fakes, monkeypatch):
+def test_another_machine_goes_on_from_what_is_archived(undisturbed, tmp_path, monkeypatch):
     first, second, archive = Trial(tmp_path / "first"), Trial(tmp_path / "second"), tmp_path / "archive"
-    first.write()
-    second.write()
+    for trial in (first, second):
+        trial.write()
+        trial.change("test: true", "test: trainings")
     monkeypatch.setenv("FAKE_BAD", "DeformUX")
     assert len(run_with(first, archive)) == 5
-    assert len(list(archive.rglob("*_fold*.csv"))) == 8
-    failed = read_json(archive / "trainings" / f"{NAME}-3d_fullres" / "DeformUX_seed1_fold0.json")["record"]["failed"]
+    folder = archive / "trainings" / f"{NAME}-3d_fullres"
+    assert len(list(folder.glob("*_fold?.csv"))) == len(list(folder.glob("*_test.csv"))) == 8
+    failed = read_json(folder / "DeformUX_seed1_fold0.json")["record"]["failed"]
     assert "nnUNetv2_train" in failed
-    assert read_archive(archive).collected.missing[findings_of(first).trainings[1]] == f"failed: {failed}"
+    here = findings_of(first)
+    assert read_archive(archive).collected.missing[here.trainings[1]] == f"failed: {failed}"
     before = len(first.trained())
+    shutil.rmtree(first.output)
 
     monkeypatch.setenv("FAKE_BAD", "no trainer")
     assert run_with(second, archive) == []
-    trained = first.trained()[before:]
+    trained = second.trained()[before:]
     assert len(trained) == 5
     assert all("DeformUX" in call for call in trained)
+    predicted = [call["args"] for call in second.calls() if call["name"] == "nnUNetv2_predict"]
+    assert len(predicted) == 13
+    assert [args[args.index("-f") + 1 : args.index("-device")] for args in predicted[:4]] == [
+        ["0"],
+        ["0"],
+        ["1"],
+        ["1"],
+    ]
     found = read_archive(archive)
     assert found.collected.missing == {}
     pd.testing.assert_frame_equal(found.collected.cases, findings_of(undisturbed).collected.cases, check_exact=True)
-    # DeformUX, too, has all folds of the first seed on one machine
-    assert {file.stem for file in (archive / "test").rglob("*.csv")} == {"stock", "DeformUX", "ResEnc"}
-    # declared once, before the first training
-    assert found.declared[0] == findings_of(first).declared[0]
-    assert "Report" not in build_report(second.file, archive).name
+    assert found.declared[0] == here.declared[0]  # once, before the first training
+
+    # An arm of five trainings has five predictions of each of the two cases, whatever fold they are of.
+    test = found.collected.test
+    predictions = test.groupby(["arm", "seed", "fold"]).size()
+    assert (predictions == 2 * 2).all()
+    assert set(predictions.index) == {(t.arm, t.seed, t.fold) for t in found.trainings}
+    page = build_archive_report(archive, tmp_path / "report").read_text()
+    assert "predicted by each training" in page
+    mean = test[test["arm"] == "stock"].groupby(["seed", "fold"])["Dice"].mean().mean()
+    assert f"<td>stock</td><td>2</td><td>2</td><td>{mean:.4f}" in page
+    calls = second.calls()
+    assert run_with(second, archive) == []
+    assert second.calls() == calls
 
 
 def test_what_is_archived_is_of_the_same_settings_folds_and_plans(undisturbed, archive, tmp_path):

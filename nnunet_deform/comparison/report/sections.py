@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from nnunet_deform.comparison.analysis import DatasetAnalysis
 from nnunet_deform.comparison.cost import Cost
 from nnunet_deform.comparison.metrics import METRICS
@@ -37,7 +39,7 @@ def dataset_parts(content: ReportContent, dataset: DatasetAnalysis) -> DatasetPa
             pairs[pair] = primary.contrast(*pair).paired_starts
     table = content.scores_of(dataset)
     mine = table[table["arm"].isin(dataset.arms)]
-    test = content.test_of(dataset)
+    test = _as_one_fold(content.test_of(dataset))
     tested = list(dict.fromkeys(test["arm"]))
     arguments = (dataset.arms, pairs, content.design.primary, content.design.alpha)
     return DatasetParts(
@@ -46,6 +48,11 @@ def dataset_parts(content: ReportContent, dataset: DatasetAnalysis) -> DatasetPa
         sizes=tuple(by_size(mine, *arguments)) if len(mine) else (),
         test={name: whole(test, tested, pairs, name, content.design.alpha) for name in METRICS} if tested else {},
     )
+
+
+def _as_one_fold(test: pd.DataFrame) -> pd.DataFrame:
+    """Every training has predicted the same cases, whichever fold it was trained on: each is a seed of one fold."""
+    return test.assign(seed=test.groupby(["seed", "fold"]).ngroup(), fold=-1)
 
 
 def dataset_section(
@@ -64,6 +71,7 @@ def dataset_section(
         "metrics": [],
         "costs": [(arm, _cost_cells(mine.costs[arm])) for arm in content.design.arms if arm in mine.costs],
         "test": _test_rows(parts),
+        "test_alone": (content.test_of(dataset)["fold"] >= 0).any(),
         "test_pairs": _pair_rows(parts.test.values()),
         "operators": _operators_section(content, mine, number),
         "curves": None,

@@ -8,10 +8,11 @@ from typing import Any
 
 from nnunet_deform.commands import find_command
 from nnunet_deform.comparison.check import check_experiment
-from nnunet_deform.comparison.collect import ensemble_scores_file, scores_file
+from nnunet_deform.comparison.collect import predicts_alone, scores_file, test_scores_file
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.files import fingerprint, write_json, write_text
 from nnunet_deform.comparison.run import Comparison
+from nnunet_deform.comparison.trainings import Training
 
 PROFILES = ("local", "slurm")
 
@@ -40,6 +41,11 @@ def write_workflow(comparison: Comparison) -> Path:
     return folder
 
 
+def _by_ensemble(comparison: Comparison, training: Training) -> bool:
+    """Whether the test set is a job of its own, for all folds together."""
+    return comparison.has_test_set(training) and not predicts_alone(comparison.experiment, training)
+
+
 def describe_jobs(comparison: Comparison) -> dict[str, Any]:
     """What the Snakefile has to know.
 
@@ -62,7 +68,7 @@ def describe_jobs(comparison: Comparison) -> dict[str, Any]:
         "arms": {
             arm[0].arm_key: {
                 "folds": [relative(scores_file(training, folders)) for training in arm],
-                "test": relative(ensemble_scores_file(arm[0], folders)) if comparison.has_test_set(arm[0]) else None,
+                "test": relative(test_scores_file(arm[0], folders)) if _by_ensemble(comparison, arm[0]) else None,
                 "cost": relative(costs_file(arm[0], folders)),
             }
             for arm in comparison.arms()
