@@ -144,7 +144,7 @@ def score_training(experiment: Experiment, training: Training, found: DatasetFol
     _score(experiment, training, found, training.summary(folders.results), scores_file(training, folders))
 
 
-def test_scores_file(training: Training, folders: Folders) -> Path:
+def scores_file_of_test(training: Training, folders: Folders) -> Path:
     """
     Args:
         training: the one that predicts alone, or the first of the arm's folds.
@@ -155,7 +155,7 @@ def test_scores_file(training: Training, folders: Folders) -> Path:
 def score_test(experiment: Experiment, training: Training, found: DatasetFolders, folders: Folders) -> None:
     """Write the scores of test predictions, if they are not there with these tolerances."""
     summary = test_folder(experiment, training, folders) / "summary.json"
-    _score(experiment, training, found, summary, test_scores_file(training, folders))
+    _score(experiment, training, found, summary, scores_file_of_test(training, folders))
 
 
 def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
@@ -198,7 +198,7 @@ def collect(experiment: Experiment, folders: Folders, file: Path) -> Collected:
         patients = patients_by_dataset[training.dataset]
         out_of_fold.append(describe_scores(table, training, training.fold).assign(patient=table["case"].map(patients)))
         summary = test_folder(experiment, training, folders) / "summary.json"
-        of_test = _read_scores(test_scores_file(training, folders), summary, tolerance)
+        of_test = _read_scores(scores_file_of_test(training, folders), summary, tolerance)
         if of_test is not None and is_predicted(experiment, training, folders):
             # Which cases these are nnU-Net has checked.
             faults += check_scores(of_test, list(of_test["case"]), tuple(found.labels), f"{training}, test set")

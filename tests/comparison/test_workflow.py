@@ -19,7 +19,7 @@ from rich.console import Console
 from trial import NAME, Trial
 
 from nnunet_deform.commands import Interrupts
-from nnunet_deform.comparison.collect import scores_file, test_scores_file
+from nnunet_deform.comparison.collect import scores_file, scores_file_of_test
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.files import fingerprint, read_json
 from nnunet_deform.comparison.run import Comparison, RunError
@@ -79,7 +79,7 @@ def test_the_jobs_are_those_of_the_experiment(trial, fakes):
     first = comparison.trainings[0]
     assert jobs["arms"][f"{FOLDER}/stock"] == {
         "folds": [f"scores/{FOLDER}/stock_seed1_fold{fold}.parquet" for fold in (0, 1, 2)],
-        "test": str(test_scores_file(first, folders).relative_to(folders.output)),
+        "test": str(scores_file_of_test(first, folders).relative_to(folders.output)),
         "cost": str(costs_file(first, folders).relative_to(folders.output)),
     }
     assert jobs["arms"][f"{FOLDER}/stock"]["test"] == f"scores/{FOLDER}/stock_seed1_fold0_test.parquet"
@@ -134,7 +134,7 @@ def test_an_arm_is_predicted_and_measured_when_it_is_trained(small):
         comparison.predict_test(arm)
     comparison.train(arm[1])
     comparison.predict_test(arm)
-    assert test_scores_file(arm[0], comparison.folders).exists()
+    assert scores_file_of_test(arm[0], comparison.folders).exists()
     small.change(", test: true", "")
     with pytest.raises(RunError, match="does not ask for a test set"):
         small.comparison().predict_test(arm)

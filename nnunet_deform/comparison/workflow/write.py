@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunet_deform.commands import find_command
 from nnunet_deform.comparison.check import check_experiment
-from nnunet_deform.comparison.collect import predicts_alone, scores_file, test_scores_file
+from nnunet_deform.comparison.collect import predicts_alone, scores_file, scores_file_of_test
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.files import fingerprint, write_json, write_text
 from nnunet_deform.comparison.run import Comparison
@@ -68,7 +68,7 @@ def describe_jobs(comparison: Comparison) -> dict[str, Any]:
         "arms": {
             arm[0].arm_key: {
                 "folds": [relative(scores_file(training, folders)) for training in arm],
-                "test": relative(test_scores_file(arm[0], folders)) if _by_ensemble(comparison, arm[0]) else None,
+                "test": relative(scores_file_of_test(arm[0], folders)) if _by_ensemble(comparison, arm[0]) else None,
                 "cost": relative(costs_file(arm[0], folders)),
             }
             for arm in comparison.arms()
