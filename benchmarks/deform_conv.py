@@ -7,6 +7,8 @@ CPU time, so that other programs on the machine matter little; else it is wall t
 the sum of one grid_sample for each of the 27 taps with autograd's backward. The extra memory is the peak over a forward
 and a backward pass less its results (output and gradients), in units of the input as float32; on the CPU each is
 measured in a process of its own.
+
+On a GPU the Triton kernels are timed one by one as well, beside what ``triton_code.py`` predicts if it knows the GPU.
 """
 
 import argparse
@@ -18,14 +20,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import triton_code
 from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 from torch import Tensor
 
 from nnunet_deform.ops import BACKEND_VARIABLE, backends_for, deform_conv3d
-from nnunet_deform.ops.backends import cpu
+from nnunet_deform.ops.backends import cpu, triton_
 
 # Batch, channels, voxels along each axis.
 SHAPES = {
@@ -212,6 +216,67 @@ def measure(device: str, dtype: torch.dtype, rounds: int, threads: int, compiled
     return rows
 
 
+class Stopwatch:
+    """In the place of ``wrap_triton``: launches each kernel some times over, between two events on the GPU."""
+
+    REPEATS = 10  # so that launching, of microseconds, is hidden behind what runs
+
+    def __init__(self) -> None:
+        self._events = []
+
+    def __call__(self, kernel: object) -> "Stopwatch":
+        self._kernel = kernel
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(**arguments: object) -> None:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(self.REPEATS):
+                self._kernel[grid](**arguments)
+            end.record()
+            self._events.append((self._kernel.fn.__name__, start, end))
+
+        return launch
+
+    def microseconds(self) -> dict[str, float]:
+        """Of each kernel, summed over its launches."""
+        torch.cuda.synchronize()
+        total = dict.fromkeys((name for name, *_ in self._events), 0.0)
+        for name, start, end in self._events:
+            total[name] += start.elapsed_time(end) * 1e3 / self.REPEATS
+        return total
+
+
+def kernel_times(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> list[dict]:
+    """A row for each Triton kernel: the fastest of the rounds, and the prediction with what it says is the bound."""
+    case = Case(*shape, "cuda", dtype, torch.channels_last_3d)
+    input, offset, weight, bias = (leaf.detach() for leaf in case.leaves)
+    spatial = [[1] * 3] * 3
+    best = {}
+    for round_number in range(rounds + 1):
+        stopwatch = Stopwatch()
+        with mock.patch.object(triton_, "wrap_triton", stopwatch):
+            triton_.forward(input, offset, weight, bias, *spatial)
+            triton_.backward(case.grad_output, input, offset, weight, *spatial, [True] * 4)
+            with _deterministic(True):
+                triton_.backward(case.grad_output, input, offset, weight, *spatial, [True, False, False, False])
+        if round_number:  # the first one compiles
+            for name, time in stopwatch.microseconds().items():
+                best[name] = min(time, best.get(name, time))
+    name = str(dtype).removeprefix("torch.")
+    gpu = next((gpu for model, gpu in triton_code.GPUS.items() if model in torch.cuda.get_device_name()), None)
+    predicted = {} if gpu is None else triton_code.predict(shape, name, gpu)
+    rows = []
+    for kernel, time in best.items():
+        row = {"shape": "{}x{}x{}^3".format(*shape), "dtype": name, "kernel": kernel, "measured_us": time}
+        if kernel in predicted:
+            row |= {"predicted_us": predicted[kernel].longest, "bound": predicted[kernel].bound}
+        rows.append(row)
+        print(" ".join(f"{value:.0f}" if isinstance(value, float) else value for value in row.values()), flush=True)
+    return rows
+
+
 def as_text(row: dict) -> str:
     memory = "" if row["extra_memory"] is None else f"{row['extra_memory']:.1f}x"
     return (
@@ -261,10 +326,17 @@ def main() -> None:
             measure(arguments.device, dtype, arguments.rounds, arguments.threads, arguments.compile) for dtype in dtypes
         )
     )
+    kernels = []
+    if any(row["name"] == "triton" for row in rows):
+        print("Triton kernels: microseconds measured, predicted")
+        for shape, dtype in itertools.product(SHAPES["cuda"], dtypes):
+            kernels += kernel_times(shape, dtype, arguments.rounds)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         name = "deform_conv_cuda" if arguments.device == "cuda" else f"deform_conv_cpu_{arguments.threads}"
         record = {**about, "threads": arguments.threads, "rounds": arguments.rounds, "results": rows}
+        if kernels:
+            record["kernels"] = kernels
         (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         plot(rows, about, arguments.threads, arguments.output / f"{name}.png")
 

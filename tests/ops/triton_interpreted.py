@@ -71,7 +71,8 @@ def check(tensors, spatial, grad_output) -> list[Tensor | None]:
 CASES = [
     pytest.param(dict(batch=2, channels=5, size=(3, 4), kernel=(2, 3), padding=1), id="2d-C5"),
     pytest.param(dict(batch=1, channels=1, size=(3, 3), kernel=(3, 3), padding=1, spread=None), id="2d-C1-integers"),
-    pytest.param(dict(batch=1, channels=19, size=(5, 4), kernel=(1, 2), stride=(2, 1), padding=(0, 2)), id="2d-C19"),
+    pytest.param(dict(batch=1, channels=7, size=(5, 4), kernel=(1, 2), stride=(2, 1), padding=(0, 2)), id="2d-C7"),
+    pytest.param(dict(batch=1, channels=20, size=(2, 3), kernel=(2, 1), padding=1), id="2d-C20"),
     pytest.param(dict(batch=1, channels=48, size=(2, 3), kernel=(1, 2), dilation=(1, 2), padding=(0, 1)), id="2d-C48"),
     pytest.param(dict(batch=1, channels=6, size=(1, 4), kernel=(2, 1), padding=(1, 0), groups=3), id="2d-groups"),
     pytest.param(dict(batch=1, channels=3, size=(2, 3, 4), kernel=(2, 1, 2), padding=(1, 0, 1)), id="3d-C3"),
@@ -88,6 +89,12 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_reference(case: dict):
     check(*make(**case))
+
+
+def test_additions_of_one_channel_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """As below compute capability 9.0, in smaller bricks."""
+    monkeypatch.setattr(triton_, "_added_at_once", lambda grad_input: 1)
+    check(*make(1, 4, (3, 2, 9), (1, 2, 1), padding=(0, 1, 0)))
 
 
 def test_every_tap_of_a_cube():
@@ -205,6 +212,21 @@ def test_layouts_give_the_same():
     check([tensors[0], tensors[1].contiguous(memory_format=last), *tensors[2:]], spatial, grad_output)
     check([tensors[0], torch.stack((tensors[1],) * 2, -1)[..., 0], *tensors[2:]], spatial, grad_output)
     check(tensors, spatial, grad_output[:, :1, :1, :1].expand_as(grad_output))
+
+
+@pytest.mark.parametrize("where", ["batch", "height", "width"])
+def test_strides_that_would_split_a_vector_are_copied_away(where: str):
+    """Four channels are read at once, from addresses that are multiples of four elements, or so Triton is told."""
+    tensors, spatial, grad_output = make(2, 4, (3, 3), (1, 2))
+    steps = {"batch": 3 * 3 * 4, "height": 3 * 4, "width": 4}
+    steps[where] += 1 if where == "batch" else 2
+    if where == "width":
+        steps["height"] = 3 * steps["width"]
+    layout = (max(steps["batch"], 3 * steps["height"] + 1), 1, steps["height"], steps["width"])
+    input = torch.zeros(200).as_strided((2, 4, 3, 3), layout).to(DEVICE).copy_(tensors[0])
+    problem = triton_._Problem(input, *tensors[1:3], *spatial)
+    assert problem.input["input"].is_contiguous(memory_format=torch.channels_last)
+    check([input, *tensors[1:]], spatial, grad_output)
 
 
 def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch):

@@ -49,9 +49,17 @@ _MOST_ITEMS = 65535
 # Neighbouring voxels of one program, by the number of axes, and its threads: as many (see kernels.py).
 _BRICK = {2: (1, 4, 8), 3: (2, 2, 8)}
 _WARPS = 1
+# Where every thread adds to one channel, each has to do with more voxels: half as many leave enough registers.
+_HALF_BRICK = (1, 2, 8)
 
-# Channels of one program: divides the widths that networks have, so that no thread idles, and leaves enough registers.
-_BLOCK = 16
+# Channels at a time: 16 bytes of a voxel for one thread in half precision, for each of two in float32.
+_BLOCK = 8
+# In the sorted input gradient the threads of one channel add up their samples, so fewer should have it.
+_GATHER_BLOCK = 16
+# Such blocks in one program of the forward pass, for which it computes positions once: a sum in registers for each.
+_BLOCKS = 6
+# Neighbouring channels that one atomic addition in float32 takes, from compute capability 9.0 on.
+_ADDED_AT_ONCE = 4
 
 # Programs of the kernel that takes a tap at a time: enough to fill the largest GPU a few times.
 _PROGRAMS = 8192
@@ -122,15 +130,18 @@ def forward(
     problem = _Problem(input, offset, weight, stride, padding, dilation)
     output = problem.empty_output()
     with _current_device(input):
-        wrap_triton(forward_kernel)[problem.bricks, problem.items, problem.blocks](
+        wrap_triton(forward_kernel)[problem.bricks(problem.brick), problem.items, problem.runs](
             **problem.input,
             **problem.offset,
             weight=problem.by_tap,
-            bias=bias if bias is None else bias.contiguous(),
+            bias=bias if bias is None else problem.aligned(bias.contiguous()),
             output=output,
             **problem.geometry,
-            **problem.brick,
-            **problem.channels,
+            **_by_axis("BRICK_{}", problem.brick, 1),
+            group_channels=problem.group_channels,
+            BLOCK_C=problem.block,
+            LANE_C=problem.lane,
+            BLOCKS=problem.blocks,
             WIDE=problem.wide,
             num_warps=_WARPS,
         )
@@ -149,7 +160,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     needs_input, needs_offset, needs_weight, needs_bias = needs
     problem = _Problem(input, offset, weight, stride, padding, dilation)
-    grad_output = grad_output.contiguous(memory_format=CHANNELS_LAST[input.ndim - 2])
+    grad_output = problem.aligned(grad_output.contiguous(memory_format=CHANNELS_LAST[input.ndim - 2]))
 
     grad_input = grad_offset = grad_weight = grad_bias = None
     if needs_input:
@@ -173,9 +184,10 @@ def _offset_weight_gradient(
     problem: "_Problem", grad_output: Tensor, needs_offset: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     offset, weight = problem.offset["offset"], problem.weight
-    per_run = max(1, problem.bricks * problem.items * problem.taps // _PROGRAMS)
-    runs = triton.cdiv(problem.bricks, per_run)
-    summands = (runs, problem.batch, problem.groups, problem.taps, problem.channels["group_channels"])
+    bricks = problem.bricks(problem.brick)
+    per_run = max(1, bricks * problem.items * problem.taps // _PROGRAMS)
+    runs = triton.cdiv(bricks, per_run)
+    summands = (runs, problem.batch, problem.groups, problem.taps, problem.group_channels)
     grad_offset = offset.new_empty(offset.shape, dtype=torch.float32) if needs_offset else None
     grad_weight = offset.new_empty(summands, dtype=torch.float32) if needs_weight else None
     wrap_triton(offset_weight_gradient_kernel)[runs, problem.items, problem.taps](
@@ -187,8 +199,10 @@ def _offset_weight_gradient(
         grad_weight=grad_weight,
         bricks_per_run=per_run,
         **problem.geometry,
-        **problem.brick,
-        **problem.channels,
+        **_by_axis("BRICK_{}", problem.brick, 1),
+        group_channels=problem.group_channels,
+        BLOCK_C=problem.block,
+        LANE_C=problem.lane,
         WIDE=problem.wide,
         num_warps=_WARPS,
     )
@@ -200,17 +214,26 @@ def _offset_weight_gradient(
 
 
 def _scatter_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input: Tensor) -> None:
-    wrap_triton(scatter_input_gradient_kernel)[problem.bricks, problem.items, problem.blocks](
+    at_once = min(problem.block, _added_at_once(grad_input))
+    brick = problem.brick if at_once > 1 else _HALF_BRICK
+    wrap_triton(scatter_input_gradient_kernel)[problem.bricks(brick), problem.items, problem.taps](
         grad_output=grad_output,
         **problem.offset,
         weight=problem.by_tap,
         grad_input=grad_input,
         **problem.geometry,
-        **problem.brick,
-        **problem.channels,
+        **_by_axis("BRICK_{}", brick, 1),
+        group_channels=problem.group_channels,
+        BLOCK_C=problem.block,
+        LANE_C=at_once,
         WIDE=problem.wide,
         num_warps=_WARPS,
     )
+
+
+def _added_at_once(grad_input: Tensor) -> int:
+    newest = not grad_input.is_cuda or torch.cuda.get_device_capability(grad_input.device) >= (9, 0)
+    return _ADDED_AT_ONCE if newest else 1
 
 
 def _gather_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input: Tensor) -> None:
@@ -219,16 +242,17 @@ def _gather_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input:
     beyond = problem.items * math.prod(cells)
     key = torch.int32 if beyond < 2**31 else torch.int64
     memory = max(_SORT_MEMORY, 4 * math.prod(grad_input.shape))
+    block = _common_power(problem.group_channels, _GATHER_BLOCK)
     together = min(problem.taps, max(1, memory // (_SORT_BYTES * voxels * problem.items)))
     for first_tap in range(0, problem.taps, together):
         taps = min(together, problem.taps - first_tap)
         numbers = torch.empty((taps, problem.items, voxels), dtype=key, device=grad_input.device)
-        wrap_triton(cell_kernel)[problem.bricks, problem.items, taps](
+        wrap_triton(cell_kernel)[problem.bricks(problem.brick), problem.items, taps](
             **problem.offset,
             cells=numbers,
             first_tap=first_tap,
             **problem.geometry,
-            **problem.brick,
+            **_by_axis("BRICK_{}", problem.brick, 1),
             num_warps=_WARPS,
         )
         numbers, order = torch.sort(numbers.flatten(), stable=True)
@@ -236,7 +260,7 @@ def _gather_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input:
         del numbers
         for parity in itertools.product(*(range(min(2, number)) for number in cells)):
             in_turn = math.prod((number - odd + 1) // 2 for number, odd in zip(cells, parity, strict=True))
-            wrap_triton(gather_input_gradient_kernel)[in_turn, problem.items, problem.blocks](
+            wrap_triton(gather_input_gradient_kernel)[in_turn, problem.items](
                 grad_output=grad_output,
                 **problem.offset,
                 weight=problem.by_tap,
@@ -248,8 +272,10 @@ def _gather_input_gradient(problem: "_Problem", grad_output: Tensor, grad_input:
                 parity_h=parity[1],
                 parity_w=parity[2],
                 **problem.geometry,
-                **problem.channels,
+                group_channels=problem.group_channels,
                 SAMPLES=32 * _WARPS,
+                BLOCK_C=block,
+                LANE_C=min(block, _ADDED_AT_ONCE),
                 num_warps=_WARPS,
             )
 
@@ -270,13 +296,24 @@ class _Problem:
         self.batch, channels = input.shape[0], int(input.shape[1])
         self.size, self.out_size = input.shape[2:], offset.shape[2:]
         self.weight = weight
-        self.by_tap = weight.flatten(1).t().contiguous()  # [taps, channels]
-        self.taps = int(self.by_tap.shape[0])
+        by_tap = weight.flatten(1).t().contiguous()  # [taps, channels]
+        self.taps = int(by_tap.shape[0])
         self.groups = _offset_groups(offset, weight)
         self.items = self.batch * self.groups
 
-        if input.stride(1) != 1:
-            input = input.contiguous(memory_format=CHANNELS_LAST[self.axes])
+        self.group_channels = channels // self.groups
+        self.block = _common_power(self.group_channels, _BLOCK)
+        self.by_tap = self.aligned(by_tap)
+        # What one access of 16 bytes takes.
+        self.lane = min(self.block, 16 // weight.element_size())
+        # So many runs of blocks that none has more than _BLOCKS, and all the same number (kernels.py tells how).
+        blocks = self.group_channels // self.block
+        self.runs = triton.cdiv(blocks, _BLOCKS)
+        self.blocks = triton.cdiv(blocks, self.runs)
+
+        starts = (input.storage_offset(), *(input.stride(axis) for axis in (0, *range(2, input.ndim))))
+        if input.stride(1) != 1 or any(start % self.block for start in starts):
+            input = input.clone(memory_format=CHANNELS_LAST[self.axes])
         # Planar, channels last, or anything else in which the voxels are evenly spaced.
         if not offset.is_contiguous(memory_format=CHANNELS_LAST[self.axes]):
             offset = offset.contiguous()
@@ -296,17 +333,17 @@ class _Problem:
             "AXES": self.axes,
             **{name: int(k) for name, k in _by_axis("KERNEL_{}", weight.shape[2:], 1).items()},
         }
-        brick = _BRICK[self.axes]
-        self.brick = _by_axis("BRICK_{}", brick, 1)
-        self.bricks = math.prod(
-            triton.cdiv(size, length) for size, length in zip(_three(self.out_size, 1), brick, strict=True)
-        )
-        group_channels = channels // self.groups
-        block = min(_BLOCK, triton.next_power_of_2(group_channels))
-        self.channels = {"group_channels": group_channels, "BLOCK_C": block, "MASKED": group_channels % block != 0}
-        self.blocks = triton.cdiv(group_channels, block)
+        self.brick = _BRICK[self.axes]
         reach = sum((size - 1) * step for size, step in zip(input.shape[1:], input.stride()[1:], strict=True))
         self.wide = max(reach, math.prod(input.shape[1:])) > _MOST_NARROW
+
+    def aligned(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy if it begins where no block of channels may: the kernels read blocks as vectors."""
+        return tensor.clone() if tensor.storage_offset() % self.block else tensor
+
+    def bricks(self, brick: Sequence[int]) -> int:
+        lengths = zip(_three(self.out_size, 1), _three(brick, 1), strict=True)
+        return math.prod(triton.cdiv(size, length) for size, length in lengths)
 
     def empty_output(self) -> Tensor:
         input = self.input["input"]
@@ -327,6 +364,11 @@ def _by_axis(name: str, values: Sequence[int], missing: int) -> dict[str, int]:
 def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
     """One value for each of three axes; a 2D problem lacks the first."""
     return (missing,) * (3 - len(values)) + tuple(values)
+
+
+def _common_power(channels: int, most: int) -> int:
+    """The largest power of two up to ``most`` that divides the channels."""
+    return min(most, channels & -channels)
 
 
 def _offset_groups(offset: Tensor, weight: Tensor) -> int:

@@ -3,6 +3,9 @@
 In every kernel a program has as many voxels (or samples) as threads: their positions are then computed once each and
 handed to the threads that share the channels. With fewer, Triton computes them anew in all of those threads.
 
+Channels come in blocks that divide their number, so that nothing is masked, and a thread takes LANE_C neighbours of a
+block at once: as many as Triton believes to be aligned, which is what ``tl.multiple_of`` tells it, in bytes.
+
 Interpolation is explicit ``tl.fma``: whether the compiler may fuse a product into a sum by itself depends on the
 version of Triton and on torch.compile.
 """
@@ -76,19 +79,131 @@ def _place(voxel, size, stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _channels(block, group, group_channels, BLOCK_C: tl.constexpr):
-    """A block of a deformable group's channels, and which of them exist."""
-    in_group = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    return group * group_channels + in_group, in_group < group_channels
+def _ends(at, mask, voxel, stride, padding, place, dilation, size, memory_stride, WIDE: tl.constexpr):
+    """Of the positions along one axis the ends' places in memory, their weights, and whether they count."""
+    cell, lower, upper, has_lower, has_upper = _along(at, mask, voxel, stride, padding, place, dilation, size)
+    first = _place(cell, size, memory_stride, WIDE)
+    second = _place(cell + 1, size, memory_stride, WIDE)
+    return first, second, lower, upper, has_lower, has_upper
 
 
 @triton.jit
-def _load(at, mask, MASKED: tl.constexpr):
-    """In float32. A mask costs an instruction for every value, so one that is always true is left out."""
-    if MASKED:
-        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return tl.load(at).to(tl.float32)
+def _corners(
+    at,
+    axis_stride,
+    valid,
+    z,
+    y,
+    x,
+    tap,
+    in_d,
+    in_h,
+    in_w,
+    stride_d,
+    stride_h,
+    stride_w,
+    padding_d,
+    padding_h,
+    padding_w,
+    dilation_d,
+    dilation_h,
+    dilation_w,
+    d_memory_stride,
+    h_memory_stride,
+    w_memory_stride,
+    AXES: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The cells of one tap's positions: for the ends along each axis places in memory, weights, and whether they count;
+    and which positions are sampled. In 2D, what is said of depth repeats height and is not used.
+    """
+    tap_y = tap // KERNEL_W % KERNEL_H
+    tap_x = tap % KERNEL_W
+    at_y = at + (AXES - 2) * axis_stride
+    y0, y1, y_lower, y_upper, has_y0, has_y1 = _ends(
+        at_y, valid, y, stride_h, padding_h, tap_y, dilation_h, in_h, h_memory_stride, WIDE
+    )
+    x0, x1, x_lower, x_upper, has_x0, has_x1 = _ends(
+        at_y + axis_stride, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w, w_memory_stride, WIDE
+    )
+    z0, z1, z_lower, z_upper, has_z0, has_z1 = y0, y1, y_lower, y_upper, has_y0, has_y1
+    if AXES == 3:
+        tap_z = tap // (KERNEL_H * KERNEL_W)
+        z0, z1, z_lower, z_upper, has_z0, has_z1 = _ends(
+            at, valid, z, stride_d, padding_d, tap_z, dilation_d, in_d, d_memory_stride, WIDE
+        )
+    inside = valid & (has_z0 | has_z1) & (has_y0 | has_y1) & (has_x0 | has_x1)
+    return (
+        z0,
+        z1,
+        y0,
+        y1,
+        x0,
+        x1,
+        z_lower,
+        z_upper,
+        y_lower,
+        y_upper,
+        x_lower,
+        x_upper,
+        has_z0,
+        has_z1,
+        has_y0,
+        has_y1,
+        has_x0,
+        has_x1,
+        inside,
+    )
+
+
+@triton.jit
+def _row(corner: tl.constexpr, z0, z1, y0, y1, x0, x1, AXES: tl.constexpr):
+    """Where a corner is in memory; corners count in binary: (depth,) height, width."""
+    row = (y1 if corner // 2 % 2 else y0) + (x1 if corner % 2 else x0)
+    if AXES == 3:
+        row += z1 if corner // 4 else z0
+    return row
+
+
+@triton.jit
+def _share(corner: tl.constexpr, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES: tl.constexpr):
+    """What a corner weighs."""
+    share = (y_upper if corner // 2 % 2 else y_lower) * (x_upper if corner % 2 else x_lower)
+    if AXES == 3:
+        share *= z_upper if corner // 4 else z_lower
+    return share
+
+
+@triton.jit
+def _add_tap(
+    total, block, from_input, from_weight, inside,
+    z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper,
+    AXES: tl.constexpr, LANE_C: tl.constexpr,
+):  # fmt: skip
+    """The output's sum for one block of channels, with one more tap."""
+    LANE_BYTES: tl.constexpr = LANE_C * from_input.dtype.element_ty.primitive_bitwidth // 8
+    sample = tl.zeros(total.shape, tl.float32)
+    for corner in tl.static_range(2**AXES):
+        row = _row(corner, z0, z1, y0, y1, x0, x1, AXES)
+        share = _share(corner, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES)
+        address = tl.multiple_of(from_input + row[:, None] + block, [LANE_BYTES, LANE_BYTES])
+        value = tl.load(address).to(tl.float32)
+        sample = tl.fma(value, share[:, None], sample)
+    # A product with 0 would make NaN of an infinite voxel.
+    sample = tl.where(inside[:, None], sample, 0.0)
+    tap_weight = tl.load(tl.multiple_of(from_weight + block, LANE_BYTES)).to(tl.float32)
+    return tl.fma(sample, tap_weight[None, :], total)
+
+
+@triton.jit
+def _store_block(into, from_bias, block, total, valid, LANE_C: tl.constexpr):
+    LANE_BYTES: tl.constexpr = LANE_C * into.dtype.element_ty.primitive_bitwidth // 8
+    if from_bias is not None:
+        total += tl.load(tl.multiple_of(from_bias + block, LANE_BYTES)).to(tl.float32)[None, :]
+    address = tl.multiple_of(into + block, [LANE_BYTES, LANE_BYTES])
+    tl.store(address, total.to(into.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -127,70 +242,109 @@ def forward_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     WIDE: tl.constexpr,
-    MASKED: tl.constexpr,
     BRICK_D: tl.constexpr,
     BRICK_H: tl.constexpr,
     BRICK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANE_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """Grid: bricks of output voxels; batch items x deformable groups; blocks of a group's channels."""
+    """Grid: bricks of output voxels; batch items x deformable groups; runs of BLOCKS (at most 6) blocks of channels."""
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     VOXELS: tl.constexpr = BRICK_D * BRICK_H * BRICK_W
     item = (tl.program_id(1) // groups).to(tl.int64)
     group = tl.program_id(1) % groups
-    z, y, x, voxel, valid = _voxels(tl.program_id(0), out_d, out_h, out_w, BRICK_D, BRICK_H, BRICK_W)
-    channel, has_channel = _channels(tl.program_id(2), group, group_channels, BLOCK_C)
     channels = groups * group_channels
+    z, y, x, voxel, valid = _voxels(tl.program_id(0), out_d, out_h, out_w, BRICK_D, BRICK_H, BRICK_W)
+    # The last run begins early rather than mask what is beyond: what two runs share, both compute.
+    first = tl.minimum(tl.program_id(2) * (BLOCKS * BLOCK_C), group_channels - BLOCKS * BLOCK_C)
+    channel = group * group_channels + first + tl.arange(0, BLOCK_C)
     from_input = input + item * input_batch_stride + channel[None, :]
     from_offset = offset + item * offset_batch_stride + voxel.to(tl.int64) * offset_voxel_stride
 
-    total = tl.zeros([VOXELS, BLOCK_C], tl.float32)
+    total0 = tl.zeros([VOXELS, BLOCK_C], tl.float32)
+    total1, total2, total3, total4, total5 = total0, total0, total0, total0, total0
     for tap in range(TAPS):
         at = from_offset + (group * TAPS + tap).to(tl.int64) * AXES * offset_channel_stride
-        tap_z = tap // (KERNEL_H * KERNEL_W)
-        tap_y = tap // KERNEL_W % KERNEL_H
-        tap_x = tap % KERNEL_W
-        inside = valid
-        if AXES == 3:
-            cell, z_lower, z_upper, has_lower, has_upper = _along(
-                at, valid, z, stride_d, padding_d, tap_z, dilation_d, in_d
-            )
-            inside &= has_lower | has_upper
-            z0 = _place(cell, in_d, input_d_stride, WIDE)
-            z1 = _place(cell + 1, in_d, input_d_stride, WIDE)
-            at += offset_channel_stride
-        cell, y_lower, y_upper, has_lower, has_upper = _along(
-            at, valid, y, stride_h, padding_h, tap_y, dilation_h, in_h
-        )
-        inside &= has_lower | has_upper
-        y0 = _place(cell, in_h, input_h_stride, WIDE)
-        y1 = _place(cell + 1, in_h, input_h_stride, WIDE)
-        at += offset_channel_stride
-        cell, x_lower, x_upper, has_lower, has_upper = _along(
-            at, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w
-        )
-        inside &= has_lower | has_upper
-        x0 = _place(cell, in_w, input_w_stride, WIDE)
-        x1 = _place(cell + 1, in_w, input_w_stride, WIDE)
+        from_weight = weight + tap * channels + channel
+        (
+            z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper,
+            _, _, _, _, _, _, inside,
+        ) = _corners(
+            at, offset_channel_stride, valid, z, y, x, tap, in_d, in_h, in_w, stride_d, stride_h, stride_w,
+            padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+            input_d_stride, input_h_stride, input_w_stride, AXES, KERNEL_H, KERNEL_W, WIDE,
+        )  # fmt: skip
+        total0 = _add_tap(
+            total0, 0, from_input, from_weight, inside,
+            z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES, LANE_C,
+        )  # fmt: skip
+        if BLOCKS > 1:
+            total1 = _add_tap(
+                total1, BLOCK_C, from_input, from_weight, inside,
+                z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES, LANE_C,
+            )  # fmt: skip
+        if BLOCKS > 2:
+            total2 = _add_tap(
+                total2, 2 * BLOCK_C, from_input, from_weight, inside,
+                z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES, LANE_C,
+            )  # fmt: skip
+        if BLOCKS > 3:
+            total3 = _add_tap(
+                total3, 3 * BLOCK_C, from_input, from_weight, inside,
+                z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES, LANE_C,
+            )  # fmt: skip
+        if BLOCKS > 4:
+            total4 = _add_tap(
+                total4, 4 * BLOCK_C, from_input, from_weight, inside,
+                z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES, LANE_C,
+            )  # fmt: skip
+        if BLOCKS > 5:
+            total5 = _add_tap(
+                total5, 5 * BLOCK_C, from_input, from_weight, inside,
+                z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES, LANE_C,
+            )  # fmt: skip
 
-        sample = tl.zeros([VOXELS, BLOCK_C], tl.float32)
-        for corner in tl.static_range(2**AXES):
-            row = (y1 if corner // 2 % 2 else y0) + (x1 if corner % 2 else x0)
-            share = (y_upper if corner // 2 % 2 else y_lower) * (x_upper if corner % 2 else x_lower)
-            if AXES == 3:
-                row += z1 if corner // 4 else z0
-                share *= z_upper if corner // 4 else z_lower
-            value = _load(from_input + row[:, None], has_channel[None, :], MASKED)
-            sample = tl.fma(value, share[:, None], sample)
-        # A product with 0 would make NaN of an infinite voxel.
-        sample = tl.where(inside[:, None], sample, 0.0)
-        tap_weight = _load(weight + tap * channels + channel, has_channel, MASKED)
-        total = tl.fma(sample, tap_weight[None, :], total)
-
+    into = output + (item * (out_d * out_h * out_w) + voxel)[:, None] * channels + channel[None, :]
+    from_bias = None
     if bias is not None:
-        total += _load(bias + channel, has_channel, MASKED)[None, :]
-    at = output + (item * (out_d * out_h * out_w) + voxel)[:, None] * channels + channel[None, :]
-    tl.store(at, total.to(output.dtype.element_ty), mask=valid[:, None] & has_channel[None, :])
+        from_bias = bias + channel
+    _store_block(into, from_bias, 0, total0, valid, LANE_C)
+    if BLOCKS > 1:
+        _store_block(into, from_bias, BLOCK_C, total1, valid, LANE_C)
+    if BLOCKS > 2:
+        _store_block(into, from_bias, 2 * BLOCK_C, total2, valid, LANE_C)
+    if BLOCKS > 3:
+        _store_block(into, from_bias, 3 * BLOCK_C, total3, valid, LANE_C)
+    if BLOCKS > 4:
+        _store_block(into, from_bias, 4 * BLOCK_C, total4, valid, LANE_C)
+    if BLOCKS > 5:
+        _store_block(into, from_bias, 5 * BLOCK_C, total5, valid, LANE_C)
+
+
+@triton.jit
+def _dot(product, LANE_C: tl.constexpr):
+    """Sums over the channels that one thread has; those of different threads wait until there are no more to come."""
+    return tl.sum(tl.reshape(product, [product.shape[0], product.shape[1] // LANE_C, LANE_C]), 2)
+
+
+@triton.jit
+def _interpolated(
+    dot00, dot01, dot10, dot11, y_lower, y_upper, x_lower, x_upper, has_y0, has_y1, has_x0, has_x1
+):  # fmt: skip
+    """From four corners: the value between them and its derivatives along height and width.
+
+    The derivative of a weight is -1 or 1 where that end counts, else 0.
+    """
+    line0 = tl.fma(dot01, x_upper, dot00 * x_lower)
+    line1 = tl.fma(dot11, x_upper, dot10 * x_lower)
+    slope0 = tl.where(has_x1, dot01, 0.0) - tl.where(has_x0, dot00, 0.0)
+    slope1 = tl.where(has_x1, dot11, 0.0) - tl.where(has_x0, dot10, 0.0)
+    return (
+        tl.fma(line1, y_upper, line0 * y_lower),
+        tl.where(has_y1, line1, 0.0) - tl.where(has_y0, line0, 0.0),
+        tl.fma(slope1, y_upper, slope0 * y_lower),
+    )
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALISED, "bricks_per_run"])
@@ -231,118 +385,110 @@ def offset_weight_gradient_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     WIDE: tl.constexpr,
-    MASKED: tl.constexpr,
     BRICK_D: tl.constexpr,
     BRICK_H: tl.constexpr,
     BRICK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANE_C: tl.constexpr,
 ):
     """Grid: runs of bricks; batch items x deformable groups; taps.
 
-    The offset gradient of a tap in a brick belongs to one program, so nothing is added atomically.
+    The offset gradient of a tap in a brick belongs to one program, which sees all channels: no atomic additions.
     """
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     VOXELS: tl.constexpr = BRICK_D * BRICK_H * BRICK_W
     item = (tl.program_id(1) // groups).to(tl.int64)
     group = tl.program_id(1) % groups
-    tap = tl.program_id(2)
     channels = groups * group_channels
+    LANE_BYTES: tl.constexpr = LANE_C * input.dtype.element_ty.primitive_bitwidth // 8
+    tap = tl.program_id(2)
     voxels = out_d * out_h * out_w
     bricks = tl.cdiv(out_d, BRICK_D) * tl.cdiv(out_h, BRICK_H) * tl.cdiv(out_w, BRICK_W)
     first = tl.program_id(0) * bricks_per_run
     last = tl.minimum(first + bricks_per_run, bricks)
-    tap_z = tap // (KERNEL_H * KERNEL_W)
-    tap_y = tap // KERNEL_W % KERNEL_H
-    tap_x = tap % KERNEL_W
+    in_block = tl.arange(0, BLOCK_C)
+    channel = group * group_channels + in_block
+    from_input = input + item * input_batch_stride + channel[None, :]
+    from_weight = weight + tap * channels + channel
     offset_channel = (group * TAPS + tap).to(tl.int64) * AXES
     from_offset = offset + item * offset_batch_stride + offset_channel * offset_channel_stride
+    summand = ((tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * TAPS + tap).to(tl.int64)
 
-    for block in range(tl.cdiv(group_channels, BLOCK_C)):
-        channel, has_channel = _channels(block, group, group_channels, BLOCK_C)
-        from_input = input + item * input_batch_stride + channel[None, :]
-        tap_weight = _load(weight + tap * channels + channel, has_channel, MASKED)
-        weight_products = tl.zeros([VOXELS, BLOCK_C], tl.float32)
-        for brick in range(first, last):
-            z, y, x, voxel, valid = _voxels(brick, out_d, out_h, out_w, BRICK_D, BRICK_H, BRICK_W)
-            at = from_offset + voxel.to(tl.int64) * offset_voxel_stride
-            inside = valid
-            if AXES == 3:
-                cell_z, z_lower, z_upper, has_z0, has_z1 = _along(
-                    at, valid, z, stride_d, padding_d, tap_z, dilation_d, in_d
-                )
-                inside &= has_z0 | has_z1
-                z0_counts, z1_counts = has_z0.to(tl.float32), has_z1.to(tl.float32)
-                at += offset_channel_stride
-            cell, y_lower, y_upper, has_y0, has_y1 = _along(at, valid, y, stride_h, padding_h, tap_y, dilation_h, in_h)
-            inside &= has_y0 | has_y1
-            y0_counts, y1_counts = has_y0.to(tl.float32), has_y1.to(tl.float32)
-            y0 = _place(cell, in_h, input_h_stride, WIDE)
-            y1 = _place(cell + 1, in_h, input_h_stride, WIDE)
-            at += offset_channel_stride
-            cell, x_lower, x_upper, has_x0, has_x1 = _along(at, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w)
-            inside &= has_x0 | has_x1
-            x0_counts, x1_counts = has_x0.to(tl.float32), has_x1.to(tl.float32)
-            x0 = _place(cell, in_w, input_w_stride, WIDE)
-            x1 = _place(cell + 1, in_w, input_w_stride, WIDE)
+    for brick in range(first, last):
+        z, y, x, voxel, valid = _voxels(brick, out_d, out_h, out_w, BRICK_D, BRICK_H, BRICK_W)
+        at = from_offset + voxel.to(tl.int64) * offset_voxel_stride
+        (
+            z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper,
+            has_z0, has_z1, has_y0, has_y1, has_x0, has_x1, inside,
+        ) = _corners(
+            at, offset_channel_stride, valid, z, y, x, tap, in_d, in_h, in_w, stride_d, stride_h, stride_w,
+            padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+            input_d_stride, input_h_stride, input_w_stride, AXES, KERNEL_H, KERNEL_W, WIDE,
+        )  # fmt: skip
+        from_grad = grad_output + (item * voxels + voxel)[:, None] * channels + channel[None, :]
 
-            at = grad_output + (item * voxels + voxel)[:, None] * channels + channel[None, :]
-            grad = tl.load(at, mask=valid[:, None] & has_channel[None, :], other=0.0).to(tl.float32)
+        # For each corner, its ends along (depth,) height and width: its values times the gradient of the sample.
+        dot000 = tl.zeros([VOXELS, BLOCK_C // LANE_C], tl.float32)
+        dot001, dot010, dot011 = dot000, dot000, dot000
+        dot100, dot101, dot110, dot111 = dot000, dot000, dot000, dot000
+        for block in range(0, group_channels, BLOCK_C):
+            address = tl.multiple_of(from_grad + block, [LANE_BYTES, LANE_BYTES])
+            grad = tl.load(address, mask=valid[:, None], other=0.0).to(tl.float32)
+            tap_weight = tl.load(tl.multiple_of(from_weight + block, LANE_BYTES)).to(tl.float32)
             grad_sample = grad * tap_weight[None, :]
             sample = tl.zeros([VOXELS, BLOCK_C], tl.float32)
-            grad_z = tl.zeros([VOXELS], tl.float32)
-            grad_y = tl.zeros([VOXELS], tl.float32)
-            grad_x = tl.zeros([VOXELS], tl.float32)
-            # Not unrolled: eight corners' values at once are more than a thread has registers.
-            for end_z in range(AXES - 1):
-                plane = tl.zeros([VOXELS], tl.float32)
-                plane_y = tl.zeros([VOXELS], tl.float32)
-                plane_x = tl.zeros([VOXELS], tl.float32)
-                for end_y in tl.static_range(2):
-                    row = y1 if end_y else y0
-                    along_y = y_upper if end_y else y_lower
-                    share = along_y
-                    if AXES == 3:
-                        row += _place(cell_z + end_z, in_d, input_d_stride, WIDE)
-                        share *= tl.where(end_z == 1, z_upper, z_lower)
-                    lower = _load(from_input + (row + x0)[:, None], has_channel[None, :], MASKED)
-                    upper = _load(from_input + (row + x1)[:, None], has_channel[None, :], MASKED)
-                    if grad_weight is not None:
-                        sample = tl.fma(lower, (share * x_lower)[:, None], sample)
-                        sample = tl.fma(upper, (share * x_upper)[:, None], sample)
-                    if grad_offset is not None:
-                        lower = tl.sum(lower * grad_sample, 1)
-                        upper = tl.sum(upper * grad_sample, 1)
-                        line = tl.fma(upper, x_upper, lower * x_lower)
-                        line_x = tl.fma(upper, x1_counts, -lower * x0_counts)
-                        plane = tl.fma(line, along_y, plane)
-                        plane_x = tl.fma(line_x, along_y, plane_x)
-                        plane_y = tl.fma(line, y1_counts if end_y else -y0_counts, plane_y)
-                if AXES == 3:
-                    along_z = tl.where(end_z == 1, z_upper, z_lower)
-                    grad_x = tl.fma(plane_x, along_z, grad_x)
-                    grad_y = tl.fma(plane_y, along_z, grad_y)
-                    grad_z = tl.fma(plane, tl.where(end_z == 1, z1_counts, -z0_counts), grad_z)
-                else:
-                    grad_x = plane_x
-                    grad_y = plane_y
-
-            # A product with 0 would make NaN of an infinite voxel.
+            for corner in tl.static_range(2**AXES):
+                row = _row(corner, z0, z1, y0, y1, x0, x1, AXES)
+                address = tl.multiple_of(from_input + row[:, None] + block, [LANE_BYTES, LANE_BYTES])
+                value = tl.load(address).to(tl.float32)
+                if grad_weight is not None:
+                    share = _share(corner, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES)
+                    sample = tl.fma(value, share[:, None], sample)
+                if grad_offset is not None:
+                    dot = _dot(value * grad_sample, LANE_C)
+                    if corner == 0:
+                        dot000 += dot
+                    elif corner == 1:
+                        dot001 += dot
+                    elif corner == 2:
+                        dot010 += dot
+                    elif corner == 3:
+                        dot011 += dot
+                    elif corner == 4:
+                        dot100 += dot
+                    elif corner == 5:
+                        dot101 += dot
+                    elif corner == 6:
+                        dot110 += dot
+                    else:
+                        dot111 += dot
             if grad_weight is not None:
-                weight_products = tl.fma(grad, tl.where(inside[:, None], sample, 0.0), weight_products)
-            if grad_offset is not None:
-                at = grad_offset + (item * groups * TAPS * AXES + offset_channel) * voxels + voxel
-                for axis in tl.static_range(3 - AXES, 3):
-                    gradient = grad_z if axis == 0 else (grad_y if axis == 1 else grad_x)
-                    gradient = tl.where(inside, gradient, 0.0)
-                    # The earlier blocks of channels.
-                    gradient += tl.load(at, mask=valid & (block > 0), other=0.0)
-                    tl.store(at, gradient, mask=valid)
-                    at += voxels
-        if grad_weight is not None:
-            row = ((tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * TAPS + tap).to(tl.int64)
-            at = grad_weight + row * group_channels + channel - group * group_channels
-            tl.store(at, tl.sum(weight_products, 0), mask=has_channel)
-        # The next block reads what other threads of this program have stored.
+                # A product with 0 would make NaN of an infinite voxel.
+                summed = tl.sum(grad * tl.where(inside[:, None], sample, 0.0), 0)
+                into = grad_weight + summand * group_channels + block + in_block
+                # What the run's earlier bricks have left there.
+                summed += tl.load(into, mask=brick > first, other=0.0)
+                tl.store(into, summed)
+
+        if grad_offset is not None:
+            grad_z, grad_y, grad_x = _interpolated(
+                tl.sum(dot000, 1), tl.sum(dot001, 1), tl.sum(dot010, 1), tl.sum(dot011, 1),
+                y_lower, y_upper, x_lower, x_upper, has_y0, has_y1, has_x0, has_x1,
+            )  # fmt: skip
+            if AXES == 3:
+                plane, plane_y, plane_x = _interpolated(
+                    tl.sum(dot100, 1), tl.sum(dot101, 1), tl.sum(dot110, 1), tl.sum(dot111, 1),
+                    y_lower, y_upper, x_lower, x_upper, has_y0, has_y1, has_x0, has_x1,
+                )  # fmt: skip
+                grad_z = tl.where(has_z1, plane, 0.0) - tl.where(has_z0, grad_z, 0.0)
+                grad_y = tl.fma(plane_y, z_upper, grad_y * z_lower)
+                grad_x = tl.fma(plane_x, z_upper, grad_x * z_lower)
+            at = grad_offset + (item * groups * TAPS * AXES + offset_channel) * voxels + voxel
+            for axis in tl.static_range(3 - AXES, 3):
+                gradient = grad_z if axis == 0 else (grad_y if axis == 1 else grad_x)
+                tl.store(at, tl.where(inside, gradient, 0.0), mask=valid)
+                at += voxels
+        # The next brick reads what this one has stored.
         tl.debug_barrier()
 
 
@@ -377,54 +523,51 @@ def scatter_input_gradient_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     WIDE: tl.constexpr,
-    MASKED: tl.constexpr,
     BRICK_D: tl.constexpr,
     BRICK_H: tl.constexpr,
     BRICK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANE_C: tl.constexpr,
 ):
-    """The input gradient by atomic additions. Grid: as the forward pass."""
+    """The input gradient by atomic additions. Grid: bricks; batch items x deformable groups; taps.
+
+    A thread adds to LANE_C neighbouring channels at once. Without instructions that do (before compute capability 9.0)
+    that is one, so that neighbouring threads add to neighbouring channels: L2 takes sectors of 32 bytes.
+    """
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     item = (tl.program_id(1) // groups).to(tl.int64)
     group = tl.program_id(1) % groups
-    z, y, x, voxel, valid = _voxels(tl.program_id(0), out_d, out_h, out_w, BRICK_D, BRICK_H, BRICK_W)
-    channel, has_channel = _channels(tl.program_id(2), group, group_channels, BLOCK_C)
     channels = groups * group_channels
-    h_stride = in_w.to(tl.int64) * channels if WIDE else in_w * channels
-    d_stride = in_h * h_stride
+    tap = tl.program_id(2)
+    z, y, x, voxel, valid = _voxels(tl.program_id(0), out_d, out_h, out_w, BRICK_D, BRICK_H, BRICK_W)
+    h_memory_stride = in_w.to(tl.int64) * channels if WIDE else in_w * channels
+    d_memory_stride = in_h * h_memory_stride
+    at = offset + item * offset_batch_stride + voxel.to(tl.int64) * offset_voxel_stride
+    at += (group * TAPS + tap).to(tl.int64) * AXES * offset_channel_stride
+    (
+        z0, z1, y0, y1, x0, x1, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper,
+        _, _, _, _, _, _, _,
+    ) = _corners(
+        at, offset_channel_stride, valid, z, y, x, tap, in_d, in_h, in_w, stride_d, stride_h, stride_w,
+        padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w,
+        d_memory_stride, h_memory_stride, channels, AXES, KERNEL_H, KERNEL_W, WIDE,
+    )  # fmt: skip
+    channel = group * group_channels + tl.arange(0, BLOCK_C)
+    LANE_BYTES: tl.constexpr = LANE_C * grad_output.dtype.element_ty.primitive_bitwidth // 8
     into = grad_input + item * in_d * in_h * in_w * channels + channel[None, :]
-    from_offset = offset + item * offset_batch_stride + voxel.to(tl.int64) * offset_voxel_stride
     from_grad = grad_output + (item * (out_d * out_h * out_w) + voxel)[:, None] * channels + channel[None, :]
-    grad = tl.load(from_grad, mask=valid[:, None] & has_channel[None, :], other=0.0).to(tl.float32)
-
-    for tap in range(TAPS):
-        at = from_offset + (group * TAPS + tap).to(tl.int64) * AXES * offset_channel_stride
-        tap_z = tap // (KERNEL_H * KERNEL_W)
-        tap_y = tap // KERNEL_W % KERNEL_H
-        tap_x = tap % KERNEL_W
-        if AXES == 3:
-            cell, z_lower, z_upper, _, _ = _along(at, valid, z, stride_d, padding_d, tap_z, dilation_d, in_d)
-            z0 = _place(cell, in_d, d_stride, WIDE)
-            z1 = _place(cell + 1, in_d, d_stride, WIDE)
-            at += offset_channel_stride
-        cell, y_lower, y_upper, _, _ = _along(at, valid, y, stride_h, padding_h, tap_y, dilation_h, in_h)
-        y0 = _place(cell, in_h, h_stride, WIDE)
-        y1 = _place(cell + 1, in_h, h_stride, WIDE)
-        at += offset_channel_stride
-        cell, x_lower, x_upper, _, _ = _along(at, valid, x, stride_w, padding_w, tap_x, dilation_w, in_w)
-        x0 = _place(cell, in_w, channels, WIDE)
-        x1 = _place(cell + 1, in_w, channels, WIDE)
-
-        grad_sample = grad * _load(weight + tap * channels + channel, has_channel, MASKED)[None, :]
+    from_weight = weight + tap * channels + channel
+    for block in range(0, group_channels, BLOCK_C):
+        address = tl.multiple_of(from_grad + block, [LANE_BYTES, LANE_BYTES])
+        grad = tl.load(address, mask=valid[:, None], other=0.0).to(tl.float32)
+        tap_weight = tl.load(tl.multiple_of(from_weight + block, LANE_BYTES)).to(tl.float32)
+        grad_sample = grad * tap_weight[None, :]
         for corner in tl.static_range(2**AXES):
-            row = (y1 if corner // 2 % 2 else y0) + (x1 if corner % 2 else x0)
-            share = (y_upper if corner // 2 % 2 else y_lower) * (x_upper if corner % 2 else x_lower)
-            if AXES == 3:
-                row += z1 if corner // 4 else z0
-                share *= z_upper if corner // 4 else z_lower
+            row = _row(corner, z0, z1, y0, y1, x0, x1, AXES)
+            share = _share(corner, z_lower, z_upper, y_lower, y_upper, x_lower, x_upper, AXES)[:, None]
+            address = tl.multiple_of(into + row[:, None] + block, [4 * LANE_C, 4 * LANE_C])
             # Corners that do not count weigh 0; of integer positions 7 of 8 do.
-            mask = (valid & (share > 0))[:, None] & has_channel[None, :]
-            tl.atomic_add(into + row[:, None], grad_sample * share[:, None], mask=mask, sem="relaxed")
+            tl.atomic_add(address, grad_sample * share, mask=(share > 0) & valid[:, None], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALISED, "first_tap"])
@@ -496,11 +639,11 @@ def cell_kernel(
 
 
 @triton.jit
-def _add_at(into, z, y, x, in_d, in_h, in_w, channels, has_channel, values):
-    """Adds to the channels of one voxel, if it is in the volume."""
+def _add_at(into, z, y, x, in_d, in_h, in_w, channels, values):
+    """Adds to channels of one voxel, if it is in the volume."""
     if (z >= 0) & (z < in_d) & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w):
         at = into + ((z.to(tl.int64) * in_h + y) * in_w + x) * channels
-        tl.store(at, tl.load(at, mask=has_channel, other=0.0) + values, mask=has_channel)
+        tl.store(at, tl.load(at) + values)
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALISED, "first_tap", "parity_d", "parity_h", "parity_w"])
@@ -539,13 +682,13 @@ def gather_input_gradient_kernel(
     KERNEL_D: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
-    MASKED: tl.constexpr,
     SAMPLES: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LANE_C: tl.constexpr,
 ):
     """The input gradient by cells of one parity. No two of them share a corner, so nothing is added atomically.
 
-    Grid: the cells; batch items x deformable groups; blocks of a group's channels.
+    Grid: the cells; batch items x deformable groups.
     """
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     cells_d = in_d + 1 if AXES == 3 else 1
@@ -564,24 +707,20 @@ def gather_input_gradient_kernel(
 
     item = (tl.program_id(1) // groups).to(tl.int64)
     group = tl.program_id(1) % groups
-    channel, has_channel = _channels(tl.program_id(2), group, group_channels, BLOCK_C)
     channels = groups * group_channels
     voxels = out_d * out_h * out_w
-    # For each corner, its ends along (depth,) height and width.
-    total000 = tl.zeros([BLOCK_C], tl.float32)
-    total001 = tl.zeros([BLOCK_C], tl.float32)
-    total010 = tl.zeros([BLOCK_C], tl.float32)
-    total011 = tl.zeros([BLOCK_C], tl.float32)
-    total100 = tl.zeros([BLOCK_C], tl.float32)
-    total101 = tl.zeros([BLOCK_C], tl.float32)
-    total110 = tl.zeros([BLOCK_C], tl.float32)
-    total111 = tl.zeros([BLOCK_C], tl.float32)
+    channel = group * group_channels + tl.arange(0, BLOCK_C)
+    LANE_BYTES: tl.constexpr = LANE_C * grad_output.dtype.element_ty.primitive_bitwidth // 8
+    from_grad = grad_output + item * voxels * channels + channel[None, :]
+    from_weight = weight + channel[None, :]
+    into = grad_input + item * in_d * in_h * in_w * channels + channel
     for start in range(first, last, SAMPLES):
         place = start + tl.arange(0, SAMPLES)
         valid = place < last
         sample = tl.load(order + place, mask=valid, other=0)
-        voxel = (sample % voxels).to(tl.int32)
-        tap = first_tap + (sample // voxels // tl.num_programs(1)).to(tl.int32)
+        plane = (sample // voxels).to(tl.int32)
+        voxel = (sample - plane.to(tl.int64) * voxels).to(tl.int32)
+        tap = first_tap + plane // tl.num_programs(1)
         at = offset + item * offset_batch_stride + voxel.to(tl.int64) * offset_voxel_stride
         at += (group * TAPS + tap).to(tl.int64) * AXES * offset_channel_stride
         if AXES == 3:
@@ -595,38 +734,37 @@ def gather_input_gradient_kernel(
         at += offset_channel_stride
         along_w = voxel % out_w
         _, x_lower, x_upper, _, _ = _along(at, valid, along_w, stride_w, padding_w, tap % KERNEL_W, dilation_w, in_w)
-
-        mask = valid[:, None] & has_channel[None, :]
-        at = grad_output + (item * voxels + voxel)[:, None] * channels + channel[None, :]
-        grad = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        at = weight + (tap * channels)[:, None] + channel[None, :]
-        grad_sample = grad * tl.load(at, mask=mask, other=0.0).to(tl.float32)
         share00 = y_lower * x_lower
         share01 = y_lower * x_upper
         share10 = y_upper * x_lower
         share11 = y_upper * x_upper
-        if AXES == 3:
-            total100 += tl.sum(grad_sample * (z_upper * share00)[:, None], 0)
-            total101 += tl.sum(grad_sample * (z_upper * share01)[:, None], 0)
-            total110 += tl.sum(grad_sample * (z_upper * share10)[:, None], 0)
-            total111 += tl.sum(grad_sample * (z_upper * share11)[:, None], 0)
-            share00 *= z_lower
-            share01 *= z_lower
-            share10 *= z_lower
-            share11 *= z_lower
-        total000 += tl.sum(grad_sample * share00[:, None], 0)
-        total001 += tl.sum(grad_sample * share01[:, None], 0)
-        total010 += tl.sum(grad_sample * share10[:, None], 0)
-        total011 += tl.sum(grad_sample * share11[:, None], 0)
 
-    into = grad_input + item * in_d * in_h * in_w * channels + channel
-    if AXES == 3:
-        _add_at(into, z, y, x, in_d, in_h, in_w, channels, has_channel, total111)
-        _add_at(into, z, y, x - 1, in_d, in_h, in_w, channels, has_channel, total110)
-        _add_at(into, z, y - 1, x, in_d, in_h, in_w, channels, has_channel, total101)
-        _add_at(into, z, y - 1, x - 1, in_d, in_h, in_w, channels, has_channel, total100)
-        z -= 1
-    _add_at(into, z, y, x, in_d, in_h, in_w, channels, has_channel, total011)
-    _add_at(into, z, y, x - 1, in_d, in_h, in_w, channels, has_channel, total010)
-    _add_at(into, z, y - 1, x, in_d, in_h, in_w, channels, has_channel, total001)
-    _add_at(into, z, y - 1, x - 1, in_d, in_h, in_w, channels, has_channel, total000)
+        from_grads = from_grad + (voxel.to(tl.int64) * channels)[:, None]
+        from_weights = from_weight + (tap * channels)[:, None]
+        for block in range(0, group_channels, BLOCK_C):
+            address = tl.multiple_of(from_grads + block, [LANE_BYTES, LANE_BYTES])
+            grad = tl.load(address, mask=valid[:, None], other=0.0).to(tl.float32)
+            address = tl.multiple_of(from_weights + block, [LANE_BYTES, LANE_BYTES])
+            grad_sample = grad * tl.load(address, mask=valid[:, None], other=0.0).to(tl.float32)
+            if AXES == 3:
+                upper = grad_sample * z_upper[:, None]
+                total = tl.sum(upper * share11[:, None], 0)
+                _add_at(into + block, z, y, x, in_d, in_h, in_w, channels, total)
+                total = tl.sum(upper * share10[:, None], 0)
+                _add_at(into + block, z, y, x - 1, in_d, in_h, in_w, channels, total)
+                total = tl.sum(upper * share01[:, None], 0)
+                _add_at(into + block, z, y - 1, x, in_d, in_h, in_w, channels, total)
+                total = tl.sum(upper * share00[:, None], 0)
+                _add_at(into + block, z, y - 1, x - 1, in_d, in_h, in_w, channels, total)
+                grad_sample *= z_lower[:, None]
+            lower_z = z - (AXES - 2)
+            total = tl.sum(grad_sample * share11[:, None], 0)
+            _add_at(into + block, lower_z, y, x, in_d, in_h, in_w, channels, total)
+            total = tl.sum(grad_sample * share10[:, None], 0)
+            _add_at(into + block, lower_z, y, x - 1, in_d, in_h, in_w, channels, total)
+            total = tl.sum(grad_sample * share01[:, None], 0)
+            _add_at(into + block, lower_z, y - 1, x, in_d, in_h, in_w, channels, total)
+            total = tl.sum(grad_sample * share00[:, None], 0)
+            _add_at(into + block, lower_z, y - 1, x - 1, in_d, in_h, in_w, channels, total)
+        # The next samples add to what these have stored.
+        tl.debug_barrier()
