@@ -639,11 +639,11 @@ def cell_kernel(
 
 
 @triton.jit
-def _add_at(into, z, y, x, in_d, in_h, in_w, channels, values):
+def _add_at(at, step, exists, values, LANE_C: tl.constexpr):
     """Adds to channels of one voxel, if it is in the volume."""
-    if (z >= 0) & (z < in_d) & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w):
-        at = into + ((z.to(tl.int64) * in_h + y) * in_w + x) * channels
-        tl.store(at, tl.load(at) + values)
+    if exists:
+        address = tl.multiple_of(at - step, 4 * LANE_C)
+        tl.store(address, tl.load(address) + values)
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALISED, "first_tap", "parity_d", "parity_h", "parity_w"])
@@ -713,12 +713,20 @@ def gather_input_gradient_kernel(
     LANE_BYTES: tl.constexpr = LANE_C * grad_output.dtype.element_ty.primitive_bitwidth // 8
     from_grad = grad_output + item * voxels * channels + channel[None, :]
     from_weight = weight + channel[None, :]
-    into = grad_input + item * in_d * in_h * in_w * channels + channel
+    # From the corner at the upper ends of the cell to the others.
+    h_step = in_w.to(tl.int64) * channels
+    d_step = in_h * h_step
+    into = grad_input + item * in_d * d_step + z * d_step + y * h_step + x * channels + channel
+    has_x0, has_x1 = x > 0, x < in_w
+    has_y0, has_y1 = y > 0, y < in_h
     for start in range(first, last, SAMPLES):
         place = start + tl.arange(0, SAMPLES)
         valid = place < last
         sample = tl.load(order + place, mask=valid, other=0)
-        plane = (sample // voxels).to(tl.int32)
+        # Division in 64 bits takes a hundred instructions; in float32 it is off by one at most.
+        plane = (sample.to(tl.float32) / voxels.to(tl.float32)).to(tl.int32)
+        voxel = sample - plane.to(tl.int64) * voxels
+        plane += (voxel >= voxels).to(tl.int32) - (voxel < 0).to(tl.int32)
         voxel = (sample - plane.to(tl.int64) * voxels).to(tl.int32)
         tap = first_tap + plane // tl.num_programs(1)
         at = offset + item * offset_batch_stride + voxel.to(tl.int64) * offset_voxel_stride
@@ -746,25 +754,20 @@ def gather_input_gradient_kernel(
             grad = tl.load(address, mask=valid[:, None], other=0.0).to(tl.float32)
             address = tl.multiple_of(from_weights + block, [LANE_BYTES, LANE_BYTES])
             grad_sample = grad * tl.load(address, mask=valid[:, None], other=0.0).to(tl.float32)
+            corner = into + block
             if AXES == 3:
+                has = z < in_d
                 upper = grad_sample * z_upper[:, None]
-                total = tl.sum(upper * share11[:, None], 0)
-                _add_at(into + block, z, y, x, in_d, in_h, in_w, channels, total)
-                total = tl.sum(upper * share10[:, None], 0)
-                _add_at(into + block, z, y, x - 1, in_d, in_h, in_w, channels, total)
-                total = tl.sum(upper * share01[:, None], 0)
-                _add_at(into + block, z, y - 1, x, in_d, in_h, in_w, channels, total)
-                total = tl.sum(upper * share00[:, None], 0)
-                _add_at(into + block, z, y - 1, x - 1, in_d, in_h, in_w, channels, total)
+                _add_at(corner, 0, has & has_y1 & has_x1, tl.sum(upper * share11[:, None], 0), LANE_C)
+                _add_at(corner, channels, has & has_y1 & has_x0, tl.sum(upper * share10[:, None], 0), LANE_C)
+                _add_at(corner, h_step, has & has_y0 & has_x1, tl.sum(upper * share01[:, None], 0), LANE_C)
+                _add_at(corner, h_step + channels, has & has_y0 & has_x0, tl.sum(upper * share00[:, None], 0), LANE_C)
                 grad_sample *= z_lower[:, None]
-            lower_z = z - (AXES - 2)
-            total = tl.sum(grad_sample * share11[:, None], 0)
-            _add_at(into + block, lower_z, y, x, in_d, in_h, in_w, channels, total)
-            total = tl.sum(grad_sample * share10[:, None], 0)
-            _add_at(into + block, lower_z, y, x - 1, in_d, in_h, in_w, channels, total)
-            total = tl.sum(grad_sample * share01[:, None], 0)
-            _add_at(into + block, lower_z, y - 1, x, in_d, in_h, in_w, channels, total)
-            total = tl.sum(grad_sample * share00[:, None], 0)
-            _add_at(into + block, lower_z, y - 1, x - 1, in_d, in_h, in_w, channels, total)
+                corner -= d_step
+            has = z > 0 if AXES == 3 else z == 0
+            _add_at(corner, 0, has & has_y1 & has_x1, tl.sum(grad_sample * share11[:, None], 0), LANE_C)
+            _add_at(corner, channels, has & has_y1 & has_x0, tl.sum(grad_sample * share10[:, None], 0), LANE_C)
+            _add_at(corner, h_step, has & has_y0 & has_x1, tl.sum(grad_sample * share01[:, None], 0), LANE_C)
+            _add_at(corner, h_step + channels, has & has_y0 & has_x0, tl.sum(grad_sample * share00[:, None], 0), LANE_C)
         # The next samples add to what these have stored.
         tl.debug_barrier()
