@@ -29,9 +29,11 @@ PYTHON_FOR_TORCH = "3.11"  # of which every torch here has a build
 TABLE = Path(__file__).parent / "docs" / "versions.md"
 END_OF_TABLE = "<!-- the next row goes above this line -->"
 
-# All operators, the networks' contract, and a training, validation, continuation and prediction of each main trainer.
+# All operators, the Triton kernels' machine code, the networks' contract, and a training, validation, continuation
+# and prediction of each main trainer.
 QUICK = (
     "tests/ops",
+    "tests/benchmarks/test_triton_code.py",
     "tests/networks/test_network_contract.py",
     "tests/trainers/test_end_to_end.py::test_train_validate_continue_predict_share",
 )

@@ -154,6 +154,16 @@ def test_a_prediction_counts_every_trip(code):
     assert prediction.longest == prediction.l2
 
 
+def test_what_is_sorted_a_few_taps_at_a_time_runs_as_often(code):
+    arguments = {"group_channels": 48, "BLOCK_C": 16, "SAMPLES": 32}
+    launch = code.Launch("gather_input_gradient_kernel", (10, 2), arguments, 1, 0)
+    chunks, blocks = code._trips([launch] * 8, 48)
+    assert (chunks, blocks) == (pytest.approx(code._rounds(27 * 48**3 / 49**3, 32)), 3)
+    chunks, blocks = code._trips([launch] * 32, 48)
+    assert (chunks, blocks) == (pytest.approx(code._rounds(27 / 4 * 48**3 / 49**3, 32)), 3)
+    assert chunks < 1
+
+
 def test_the_roofline_is_the_specifications(code):
     bounds = code.roofline((2, 48, 48), "float32", code.GPUS["H200"])
     assert bounds["forward"] == pytest.approx(294, abs=1)

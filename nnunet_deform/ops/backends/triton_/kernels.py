@@ -746,6 +746,15 @@ def gather_input_gradient_kernel(
         share01 = y_lower * x_upper
         share10 = y_upper * x_lower
         share11 = y_upper * x_upper
+        if AXES == 3:
+            share100 = z_upper * share00
+            share101 = z_upper * share01
+            share110 = z_upper * share10
+            share111 = z_upper * share11
+            share00 *= z_lower
+            share01 *= z_lower
+            share10 *= z_lower
+            share11 *= z_lower
 
         from_grads = from_grad + (voxel.to(tl.int64) * channels)[:, None]
         from_weights = from_weight + (tap * channels)[:, None]
@@ -757,12 +766,11 @@ def gather_input_gradient_kernel(
             corner = into + block
             if AXES == 3:
                 has = z < in_d
-                upper = grad_sample * z_upper[:, None]
-                _add_at(corner, 0, has & has_y1 & has_x1, tl.sum(upper * share11[:, None], 0), LANE_C)
-                _add_at(corner, channels, has & has_y1 & has_x0, tl.sum(upper * share10[:, None], 0), LANE_C)
-                _add_at(corner, h_step, has & has_y0 & has_x1, tl.sum(upper * share01[:, None], 0), LANE_C)
-                _add_at(corner, h_step + channels, has & has_y0 & has_x0, tl.sum(upper * share00[:, None], 0), LANE_C)
-                grad_sample *= z_lower[:, None]
+                _add_at(corner, 0, has & has_y1 & has_x1, tl.sum(grad_sample * share111[:, None], 0), LANE_C)
+                _add_at(corner, channels, has & has_y1 & has_x0, tl.sum(grad_sample * share110[:, None], 0), LANE_C)
+                _add_at(corner, h_step, has & has_y0 & has_x1, tl.sum(grad_sample * share101[:, None], 0), LANE_C)
+                step = h_step + channels
+                _add_at(corner, step, has & has_y0 & has_x0, tl.sum(grad_sample * share100[:, None], 0), LANE_C)
                 corner -= d_step
             has = z > 0 if AXES == 3 else z == 0
             _add_at(corner, 0, has & has_y1 & has_x1, tl.sum(grad_sample * share11[:, None], 0), LANE_C)
