@@ -67,7 +67,7 @@ def run_pytest(*arguments: str, **environment: str) -> str:
 @needs_interpreter
 def test_interpreted_kernels_agree_with_the_reference():
     output = run_pytest("triton_interpreted.py", TRITON_INTERPRET="1")
-    assert int(re.search(r"(\d+) passed", output)[1]) >= 48, output
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 46, output
 
 
 @needs_triton

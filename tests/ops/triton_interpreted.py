@@ -94,7 +94,7 @@ def test_agrees_with_the_reference(case: dict):
 def test_additions_of_one_channel_at_a_time(monkeypatch: pytest.MonkeyPatch):
     """As below compute capability 9.0, in smaller bricks."""
     monkeypatch.setattr(triton_, "_added_at_once", lambda grad_input: 1)
-    check(*make(1, 4, (3, 2, 9), (1, 2, 1), padding=(0, 1, 0)))
+    check(*make(1, 4, (2, 3, 2), (1, 1, 2), padding=(0, 0, 1)))
 
 
 def test_every_tap_of_a_cube():
@@ -214,19 +214,21 @@ def test_layouts_give_the_same():
     check(tensors, spatial, grad_output[:, :1, :1, :1].expand_as(grad_output))
 
 
-@pytest.mark.parametrize("where", ["batch", "height", "width"])
-def test_strides_that_would_split_a_vector_are_copied_away(where: str):
+def test_what_would_split_a_vector_is_copied():
     """Four channels are read at once, from addresses that are multiples of four elements, or so Triton is told."""
-    tensors, spatial, grad_output = make(2, 4, (3, 3), (1, 2))
-    steps = {"batch": 3 * 3 * 4, "height": 3 * 4, "width": 4}
-    steps[where] += 1 if where == "batch" else 2
-    if where == "width":
-        steps["height"] = 3 * steps["width"]
-    layout = (max(steps["batch"], 3 * steps["height"] + 1), 1, steps["height"], steps["width"])
-    input = torch.zeros(200).as_strided((2, 4, 3, 3), layout).to(DEVICE).copy_(tensors[0])
-    problem = triton_._Problem(input, *tensors[1:3], *spatial)
-    assert problem.input["input"].is_contiguous(memory_format=torch.channels_last)
-    check([input, *tensors[1:]], spatial, grad_output)
+    (_, offset, weight, _), spatial, _ = make(2, 4, (3, 3), (1, 2))
+    memory = torch.arange(200.0, device=DEVICE)
+    dense = (36, 1, 12, 4)
+    for strides, start in ((dense, 1), ((37, 1, 12, 4), 0), ((36, 1, 14, 4), 0), ((54, 1, 18, 6), 0)):
+        strided = memory.as_strided((2, 4, 3, 3), strides, start)
+        problem = triton_._Problem(strided, offset, weight, *spatial)
+        copied = problem.input["input"]
+        assert torch.equal(copied, strided)
+        assert (copied.stride(), copied.storage_offset()) == (dense, 0)
+        assert problem.input["input_batch_stride"] == 36
+    kept = memory.as_strided((2, 4, 3, 3), (40, 1, 12, 4), 8)
+    assert triton_._Problem(kept, offset, weight, *spatial).input["input"] is kept
+    assert triton_._Problem(kept, offset, weight, *spatial).aligned(memory[3:]).storage_offset() == 0
 
 
 def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch):
