@@ -1,7 +1,8 @@
 """The trainers: recipes and nnU-Net's contract, no mathematics of networks.
 
-``__all__`` lists every trainer by name, ``BASELINES`` those of other libraries' networks. Any of them, and any of
-nnU-Net's own, also takes a variant suffix: see :mod:`nnunet_deform.trainers.variants`.
+``__all__`` lists every trainer by name, ``BASELINES`` those of other libraries' networks, and ``RIVALS`` those of the
+papers' tables. Any of them, and any of nnU-Net's own, also takes a variant suffix: see
+:mod:`nnunet_deform.trainers.variants`.
 """
 
 from nnunet_deform.trainers.baselines import (
@@ -14,6 +15,14 @@ from nnunet_deform.trainers.baselines import (
     nnUNetTrainerPrimus_L,
     nnUNetTrainerPrimus_M,
     nnUNetTrainerPrimus_S,
+    nnUNetTrainerPrimusV2_B,
+    nnUNetTrainerPrimusV2_L,
+    nnUNetTrainerPrimusV2_M,
+    nnUNetTrainerPrimusV2_S,
+    nnUNetTrainerPrimusV3_B,
+    nnUNetTrainerPrimusV3_L,
+    nnUNetTrainerPrimusV3_M,
+    nnUNetTrainerPrimusV3_S,
     nnUNetTrainerSegResNet,
     nnUNetTrainerSwinUNETR,
     nnUNetTrainerUNetPlusPlus,
@@ -67,8 +76,19 @@ from nnunet_deform.trainers.magic import (
     nnUNetTrainerMAGIC_static,
     nnUNetTrainerMAGICResEnc,
 )
+from nnunet_deform.trainers.rivals import (
+    nnUNetTrainerCoTr,
+    nnUNetTrainerNnFormer,
+    nnUNetTrainerNnFormer_96,
+    nnUNetTrainerSegFormer3D,
+    nnUNetTrainerTransBTS,
+    nnUNetTrainerUNesT_B,
+    nnUNetTrainerUNesT_L,
+    nnUNetTrainerUNETRPP,
+)
 
 __all__ = [
+    "nnUNetTrainerCoTr",
     "nnUNetTrainerDeformUX",
     "nnUNetTrainerDeformUX_convnext",
     "nnUNetTrainerDeformUX_dense",
@@ -115,16 +135,33 @@ __all__ = [
     "nnUNetTrainerMedNeXt_L",
     "nnUNetTrainerMedNeXt_M",
     "nnUNetTrainerMedNeXt_S",
+    "nnUNetTrainerNnFormer",
+    "nnUNetTrainerNnFormer_96",
+    "nnUNetTrainerPrimusV2_B",
+    "nnUNetTrainerPrimusV2_L",
+    "nnUNetTrainerPrimusV2_M",
+    "nnUNetTrainerPrimusV2_S",
+    "nnUNetTrainerPrimusV3_B",
+    "nnUNetTrainerPrimusV3_L",
+    "nnUNetTrainerPrimusV3_M",
+    "nnUNetTrainerPrimusV3_S",
     "nnUNetTrainerPrimus_B",
     "nnUNetTrainerPrimus_L",
     "nnUNetTrainerPrimus_M",
     "nnUNetTrainerPrimus_S",
+    "nnUNetTrainerSegFormer3D",
     "nnUNetTrainerSegResNet",
     "nnUNetTrainerSwinUNETR",
+    "nnUNetTrainerTransBTS",
     "nnUNetTrainerUNETR",
+    "nnUNetTrainerUNETRPP",
+    "nnUNetTrainerUNesT_B",
+    "nnUNetTrainerUNesT_L",
     "nnUNetTrainerUNetPlusPlus",
     "nnUNetTrainerUXNet",
 ]
 
 # Networks of other libraries.
 BASELINES = tuple(name for name in __all__ if globals()[name].__module__ == "nnunet_deform.trainers.baselines")
+# The networks of the papers' tables that were written here.
+RIVALS = tuple(name for name in __all__ if globals()[name].__module__ == "nnunet_deform.trainers.rivals")

@@ -1,9 +1,11 @@
 """What all our trainers share: a network made for the plan, and a word on memory before it runs out."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -118,6 +120,25 @@ class PlannedNetworkTrainer(OperatorReport, NumericalGuard, AtomicCheckpoints):
             super().run_training()
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(f"{error}\nOut of memory: {MEMORY_ADVICE}.") from error
+
+
+class OutputStridesTrainer(PlannedNetworkTrainer):
+    """For networks whose logits have strides of their own: ``output_strides`` among the architecture's arguments."""
+
+    @classmethod
+    def _outputs(cls, configuration_manager: ConfigurationManager) -> int:
+        return len(cls.planned_architecture(configuration_manager)["arch_kwargs"]["output_strides"])
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        if not self.enable_deep_supervision:
+            return None
+        output_strides = self.planned_architecture(self.configuration_manager)["arch_kwargs"]["output_strides"]
+        patch = self.configuration_manager.patch_size
+        # Rounded up as the network does, because its strides need not divide the patch.
+        return [
+            [math.ceil(size / step) / size for size, step in zip(patch, total, strict=True)]
+            for total in np.cumprod(output_strides, axis=0).tolist()
+        ]
 
 
 def _device_gigabytes(device: torch.device) -> float | None:

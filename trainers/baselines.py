@@ -5,7 +5,6 @@ MONAI's networks train with nnU-Net's recipe, or any other by a suffix; Primus w
 
 import math
 
-import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
@@ -14,6 +13,14 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import (
     nnUNet_Primus_L_Trainer,
     nnUNet_Primus_M_Trainer,
     nnUNet_Primus_S_Trainer,
+    nnUNet_PrimusV2B_Trainer,
+    nnUNet_PrimusV2L_Trainer,
+    nnUNet_PrimusV2M_Trainer,
+    nnUNet_PrimusV2S_Trainer,
+    nnUNet_PrimusV3B_Trainer,
+    nnUNet_PrimusV3L_Trainer,
+    nnUNet_PrimusV3M_Trainer,
+    nnUNet_PrimusV3S_Trainer,
 )
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -21,30 +28,15 @@ from torch import nn
 from nnunet_deform.networks.padding import PaddedNetwork, SegmentationHead, Strides
 from nnunet_deform.networks.topology import padded_size
 from nnunet_deform.plans.baselines import baseline_architecture
-from nnunet_deform.trainers.base import PlannedNetworkTrainer
+from nnunet_deform.trainers.base import OutputStridesTrainer
 from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
 from nnunet_deform.trainers.numerical_guard import NumericalGuard
 
 
-class MonaiTrainer(PlannedNetworkTrainer):
+class MonaiTrainer(OutputStridesTrainer):
     """One of MONAI's networks, with nnU-Net's recipe. ``network_options`` names it."""
 
     architecture = staticmethod(baseline_architecture)
-
-    @classmethod
-    def _outputs(cls, configuration_manager: ConfigurationManager) -> int:
-        return len(cls.planned_architecture(configuration_manager)["arch_kwargs"]["output_strides"])
-
-    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
-        if not self.enable_deep_supervision:
-            return None
-        output_strides = self.planned_architecture(self.configuration_manager)["arch_kwargs"]["output_strides"]
-        patch = self.configuration_manager.patch_size
-        # Rounded up as the network does, because its strides need not divide the patch.
-        return [
-            [math.ceil(size / step) / size for size, step in zip(patch, total, strict=True)]
-            for total in np.cumprod(output_strides, axis=0).tolist()
-        ]
 
     def _report_memory(self) -> None:
         self.print_to_log_file("The memory of MONAI's networks is not estimated.")
@@ -140,8 +132,17 @@ class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, Abstrac
         device: torch.device = torch.device("cuda"),
     ) -> None:
         # First, because nnU-Net's constructor makes the output folder.
-        _require_three_axes(PlansManager(plans).get_configuration(configuration))
+        self._require(PlansManager(plans).get_configuration(configuration))
         super().__init__(plans, configuration, fold, dataset_json, device)
+
+    @classmethod
+    def _require(cls, configuration_manager: ConfigurationManager) -> None:
+        """Raises NotImplementedError for a plan that the network cannot take."""
+        patch_size = list(configuration_manager.patch_size)
+        if len(patch_size) != 3:
+            raise NotImplementedError(
+                f"Primus has three axes, but the patch {patch_size} has {len(patch_size)}; use a 3D configuration."
+            )
 
     @classmethod
     def build_network_architecture(
@@ -152,7 +153,7 @@ class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, Abstrac
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        _require_three_axes(configuration_manager)
+        cls._require(configuration_manager)
         padded = padded_size(configuration_manager.patch_size, _PRIMUS_STRIDES)
         network = super().build_network_architecture(
             plans_manager,
@@ -170,14 +171,6 @@ class PrimusTrainer(NumericalGuard, AtomicCheckpoints, _ContinuedWarmup, Abstrac
         _report_padding(self, _PRIMUS_STRIDES)
 
 
-def _require_three_axes(configuration_manager: ConfigurationManager) -> None:
-    patch_size = list(configuration_manager.patch_size)
-    if len(patch_size) != 3:
-        raise NotImplementedError(
-            f"Primus has three axes, but the patch {patch_size} has {len(patch_size)}; use a 3D configuration."
-        )
-
-
 class nnUNetTrainerPrimus_S(PrimusTrainer, nnUNet_Primus_S_Trainer):
     """Primus S with its own recipe."""
 
@@ -192,3 +185,49 @@ class nnUNetTrainerPrimus_M(PrimusTrainer, nnUNet_Primus_M_Trainer):
 
 class nnUNetTrainerPrimus_L(PrimusTrainer, nnUNet_Primus_L_Trainer):
     """Primus L with its own recipe."""
+
+
+class NormalisedPrimusTrainer(PrimusTrainer):
+    """For Primus with an embedding that normalises each channel over the tokens, of which one is too few."""
+
+    @classmethod
+    def _require(cls, configuration_manager: ConfigurationManager) -> None:
+        super()._require(configuration_manager)
+        patch_size = list(configuration_manager.patch_size)
+        if max(patch_size) <= 8:
+            raise NotImplementedError(
+                f"PrimusV2 and V3 normalise over tokens of 8 voxels a side, and the patch {patch_size} is a single "
+                "one; plan with a patch of more than 8 voxels on an axis."
+            )
+
+
+class nnUNetTrainerPrimusV2_S(NormalisedPrimusTrainer, nnUNet_PrimusV2S_Trainer):
+    """PrimusV2 S, with a residual encoder as its patch embedding, with its own recipe."""
+
+
+class nnUNetTrainerPrimusV2_B(NormalisedPrimusTrainer, nnUNet_PrimusV2B_Trainer):
+    """PrimusV2 B with its own recipe."""
+
+
+class nnUNetTrainerPrimusV2_M(NormalisedPrimusTrainer, nnUNet_PrimusV2M_Trainer):
+    """PrimusV2 M with its own recipe."""
+
+
+class nnUNetTrainerPrimusV2_L(NormalisedPrimusTrainer, nnUNet_PrimusV2L_Trainer):
+    """PrimusV2 L with its own recipe."""
+
+
+class nnUNetTrainerPrimusV3_S(NormalisedPrimusTrainer, nnUNet_PrimusV3S_Trainer):
+    """PrimusV3 S, with a wider residual encoder with skips to its end, with its own recipe."""
+
+
+class nnUNetTrainerPrimusV3_B(NormalisedPrimusTrainer, nnUNet_PrimusV3B_Trainer):
+    """PrimusV3 B with its own recipe."""
+
+
+class nnUNetTrainerPrimusV3_M(NormalisedPrimusTrainer, nnUNet_PrimusV3M_Trainer):
+    """PrimusV3 M with its own recipe."""
+
+
+class nnUNetTrainerPrimusV3_L(NormalisedPrimusTrainer, nnUNet_PrimusV3L_Trainer):
+    """PrimusV3 L with its own recipe."""

@@ -10,7 +10,7 @@ from monai.networks.nets.mednext import create_mednext
 from torch import Tensor, nn
 
 from nnunet_deform.networks.padding import PaddedNetwork, SegmentationHead, Strides
-from nnunet_deform.networks.topology import padded_size
+from nnunet_deform.networks.topology import padded_size, require_patch
 
 
 class SwinUNETR(PaddedNetwork):
@@ -89,11 +89,7 @@ class UNETR(PaddedNetwork):
         Raises:
             ValueError: x has another size than the patch, once both are padded.
         """
-        if padded_size(x.shape[2:], self.strides) != padded_size(self.patch_size, self.strides):
-            raise ValueError(
-                f"the input has size {list(x.shape[2:])}, but UNETR's position embedding was made for patches of "
-                f"{list(self.patch_size)}; give it patches of that size."
-            )
+        require_patch("UNETR's position embedding", x.shape[2:], self.patch_size, self.strides)
         return super().forward(x)
 
 

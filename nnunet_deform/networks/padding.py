@@ -1,6 +1,6 @@
-"""A library's network on nnU-Net's terms: images of any size, and a list of logits under deep supervision."""
+"""A network on nnU-Net's terms: images of any size, and a list of logits under deep supervision."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ Strides = Sequence[Sequence[int]]
 
 
 class _Decoder(nn.Module):
-    """Where nnU-Net's trainer switches deep supervision; the layers of the decoder are the library's."""
+    """Where nnU-Net's trainer switches deep supervision; the layers of the decoder are elsewhere."""
 
     def __init__(self, deep_supervision: bool) -> None:
         super().__init__()
@@ -30,32 +30,27 @@ class SegmentationHead(nn.Module):
         return self.seg_layers[0](x)
 
 
-class PaddedNetwork(nn.Module):
+class AnySizeNetwork(nn.Module):
     """A network that takes images of any size, [B, C, *spatial], padded with zeros at the end of each axis.
 
+    A subclass returns the logits of a padded image from ``logits``, and calls ``freeze_unused`` once it is built.
+
     Args:
-        network: returns the logits, [B, C, *spatial].
         strides: of each level to the one before; their product on an axis is what sizes are padded to.
         output_strides: of each of the logits to the one before. With a single one there is no deep supervision.
-        coarse_heads: the layers that only deep supervision needs. They are always built, so that weights load either
-            way, and not trained without it.
         deep_supervision: return all logits instead of the finest. ``decoder.deep_supervision`` changes it.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        strides: Strides,
-        output_strides: Strides,
-        coarse_heads: Sequence[nn.Module],
-        deep_supervision: bool,
-    ) -> None:
+    def __init__(self, strides: Strides, output_strides: Strides, deep_supervision: bool) -> None:
         super().__init__()
-        self.network = network
         self.strides = strides
         self.output_strides = output_strides
         self.decoder = _Decoder(deep_supervision)
-        if not deep_supervision:
+
+    def freeze_unused(self, coarse_heads: Iterable[nn.Module]) -> None:
+        """Without deep supervision, let the layers that only it needs not be trained. They are always built, so that
+        weights load either way."""
+        if not self.decoder.deep_supervision:
             for head in coarse_heads:
                 head.requires_grad_(False)
 
@@ -73,6 +68,31 @@ class PaddedNetwork(nn.Module):
 
     def logits(self, x: Tensor) -> list[Tensor]:
         """Of a padded image, finest first; the coarse ones may be left out where deep supervision is off."""
+        raise NotImplementedError
+
+
+class PaddedNetwork(AnySizeNetwork):
+    """A library's network for images of any size, as in :class:`AnySizeNetwork`.
+
+    Args:
+        network: returns the logits, [B, C, *spatial].
+        strides, output_strides, deep_supervision: as in :class:`AnySizeNetwork`.
+        coarse_heads: the layers that only deep supervision needs.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        strides: Strides,
+        output_strides: Strides,
+        coarse_heads: Sequence[nn.Module],
+        deep_supervision: bool,
+    ) -> None:
+        super().__init__(strides, output_strides, deep_supervision)
+        self.network = network
+        self.freeze_unused(coarse_heads)
+
+    def logits(self, x: Tensor) -> list[Tensor]:
         return [self.network(x)]
 
 

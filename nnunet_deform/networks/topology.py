@@ -55,6 +55,16 @@ def pad_to_levels(x: Tensor, strides: Sequence[Sequence[int]]) -> Tensor:
     return F.pad(x, [p for m in reversed(missing) for p in (0, m)])
 
 
+def require_patch(part: str, size: Sequence[int], patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError, naming the part of a network that was made for the patch, unless an image of ``size`` is
+    padded to the size that the patch is padded to."""
+    if padded_size(size, strides) != padded_size(patch_size, strides):
+        raise ValueError(
+            f"the input has size {list(size)}, but {part} was made for patches of {list(patch_size)}; give it patches "
+            "of that size."
+        )
+
+
 def crop_to_image(
     logits: Tensor | list[Tensor], size: Sequence[int], strides: Sequence[Sequence[int]]
 ) -> Tensor | list[Tensor]:

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from dynamic_network_architectures.architectures import primus
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
@@ -37,7 +38,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus import primus_trainers
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_deform.plans import baselines
+from nnunet_deform.plans import baselines, rivals
 
 CASES = 4
 FOLDS = [
@@ -153,6 +154,16 @@ _NARROW = {
     "SegResNet": {"init_filters": 8},
     "UNetPlusPlus": {"features": [4, 4, 8, 8, 8, 4]},
 }
+_NARROW_RIVALS = {
+    "NnFormer": {"width": 16, "head_width": 8},
+    "NnFormer_96": {"width": 16, "head_width": 8},
+    "UNETRPlusPlus": {"widths": [8, 8, 16, 16]},
+    "SegFormer3D": {"widths": [8, 8, 16, 16], "heads": [1, 2, 2, 4], "decoder_width": 16},
+    "UNesT_B": {"token_widths": [16, 32, 64], "heads": [2, 2, 4], "depths": [1, 1, 2]},
+    "UNesT_L": {"token_widths": [16, 32, 64], "heads": [2, 2, 4], "depths": [1, 1, 2]},
+    "TransBTS": {"base_width": 8, "token_width": 32, "heads": 2, "mlp_width": 32, "layers": 1},
+    "CoTr": {"widths": [8, 12, 24], "heads": 2, "layers": 1},
+}
 
 
 class _TinyPrimus(primus_trainers.Primus):
@@ -163,10 +174,13 @@ class _TinyPrimus(primus_trainers.Primus):
 
 
 def narrow_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MONAI's networks and Primus with widths that two cores can train."""
+    """MONAI's networks, Primus and the rivals with widths that two cores can train."""
     for network, options in _NARROW.items():
         monkeypatch.setitem(baselines._OPTIONS, network, options)
+    for network, options in _NARROW_RIVALS.items():
+        monkeypatch.setitem(rivals._OPTIONS, network, options)
     monkeypatch.setattr(primus_trainers, "Primus", _TinyPrimus)
+    monkeypatch.setitem(primus._PRIMUS_CONFIGS, "S", {"embed_dim": 24, "eva_depth": 1, "eva_numheads": 2})
 
 
 def unet_architecture(strides: Sequence[Sequence[int]], kernel_sizes: Sequence[Sequence[int]]) -> dict[str, Any]:

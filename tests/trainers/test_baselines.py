@@ -30,7 +30,8 @@ NETWORKS = {
     "nnUNetTrainerMedNeXt_S": "MedNeXt",
 }
 # MedNeXt B, M and L differ from S in numbers of MONAI's.
-RUN = [*NETWORKS, "nnUNetTrainerPrimus_S"]
+PRIMUS = ("nnUNetTrainerPrimus", "nnUNetTrainerPrimusV2", "nnUNetTrainerPrimusV3")
+RUN = [*NETWORKS, *(f"{name}_S" for name in PRIMUS)]
 # Sizes that the plan's strides divide, as nnU-Net's planner makes them, and most networks' own do not.
 PLANS = {
     "isotropic": {"patch_size": (24, 24, 40)},
@@ -66,6 +67,14 @@ WIDE = {
     "nnUNetTrainerPrimus_B": 94.1,
     "nnUNetTrainerPrimus_M": 147.7,
     "nnUNetTrainerPrimus_L": 327.0,
+    "nnUNetTrainerPrimusV2_S": 0,
+    "nnUNetTrainerPrimusV2_B": 0,
+    "nnUNetTrainerPrimusV2_M": 0,
+    "nnUNetTrainerPrimusV2_L": 0,
+    "nnUNetTrainerPrimusV3_S": 0,
+    "nnUNetTrainerPrimusV3_B": 0,
+    "nnUNetTrainerPrimusV3_M": 0,
+    "nnUNetTrainerPrimusV3_L": 0,
 }
 
 
@@ -94,7 +103,7 @@ def as_list(outputs: Tensor | list[Tensor]) -> list[Tensor]:
 
 def test_the_tests_know_every_baseline() -> None:
     assert {*RUN, "nnUNetTrainerMedNeXt_B", "nnUNetTrainerMedNeXt_M", "nnUNetTrainerMedNeXt_L"} | {
-        f"nnUNetTrainerPrimus_{size}" for size in "BML"
+        f"{name}_{size}" for name in PRIMUS for size in "BML"
     } == set(BASELINES)
 
 
@@ -279,6 +288,13 @@ def test_without_monai_it_says_what_to_install_and_leaves_no_folder(
     words = rf"MONAI 1.5 or newer, and {installed} is installed: pip install 'nnunet-deform\[baselines\]'"
     with pytest.raises(ImportError, match=words):
         make_trainer(find_trainer(name), **PLANS["isotropic"])
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerPrimusV2_S", "nnUNetTrainerPrimusV3_S"])
+def test_primus_with_a_normalised_embedding_refuses_a_single_token(make_trainer, tmp_path, name) -> None:
+    with pytest.raises(NotImplementedError, match=r"the patch \[8, 8, 8\] is a single one; plan with .* more than 8"):
+        make_trainer(find_trainer(name), patch_size=(8, 8, 8))
     assert not (tmp_path / "results").exists()
 
 

@@ -21,10 +21,13 @@ FAST = (
     "nnUNetTrainerMAGIC",
     "nnUNetTrainerMAGICResEnc",
 )
-# Swin UNETR refuses the patch; larger ones differ in numbers of other libraries'.
+# Swin UNETR and CoTr refuse the plan; the others differ from one that is here in numbers.
 NOT_HERE = (
     "nnUNetTrainerSwinUNETR",
-    *(f"nnUNetTrainer{network}_{size}" for network in ("MedNeXt", "Primus") for size in "BML"),
+    "nnUNetTrainerCoTr",
+    "nnUNetTrainerNnFormer_96",
+    "nnUNetTrainerUNesT_L",
+    *(f"nnUNetTrainer{network}_{size}" for network in ("MedNeXt", "Primus", "PrimusV2", "PrimusV3") for size in "BML"),
 )
 OTHERS = tuple(name for name in trainers.__all__ if name not in (*FAST, *NOT_HERE))
 

@@ -25,8 +25,12 @@ CPU = torch.device("cpu")
 DATASET = "Dataset999_Phantom"
 
 main_trainers = pytest.mark.parametrize("name", MAIN)
-# They differ from S in numbers of other libraries'.
-LARGER = [f"nnUNetTrainer{network}_{size}" for network in ("MedNeXt", "Primus") for size in "BML"]
+# They differ from another in numbers.
+LARGER = [
+    *(f"nnUNetTrainer{network}_{size}" for network in ("MedNeXt", "Primus", "PrimusV2", "PrimusV3") for size in "BML"),
+    "nnUNetTrainerNnFormer_96",
+    "nnUNetTrainerUNesT_L",
+]
 all_trainers = pytest.mark.parametrize(
     "name",
     [
@@ -40,6 +44,8 @@ ONLY_3D = (
     "nnUNetTrainerDeformUX_xz",
     "nnUNetTrainerDeformUX_yz",
     "nnUNetTrainerPrimus_S",
+    "nnUNetTrainerPrimusV2_S",
+    "nnUNetTrainerPrimusV3_S",
 )
 # Patches of as many voxels or fewer are refused.
 TOO_SMALL = {"nnUNetTrainerSwinUNETR": 32, "nnUNetTrainerUNetPlusPlus": 16, "nnUNetTrainerMedNeXt_S": 16}
@@ -106,6 +112,11 @@ def test_train_validate_continue_predict_share(workplace, monkeypatch, tmp_path,
     if scenario.id == "2d" and name in ONLY_3D:
         with pytest.raises(NotImplementedError, match="use a 3D configuration"):
             train(trainer, "2d", 0)
+        return
+    if name == "nnUNetTrainerCoTr":
+        with pytest.raises(NotImplementedError, match="CoTr needs at least 4 poolings"):
+            train(trainer, scenario.configurations[0], 0)
+        assert not (root / "results").exists()
         return
     # The first stage of a cascade has half the patch.
     if max(scenario.patch) // len(scenario.configurations) <= TOO_SMALL.get(name, 0):

@@ -82,7 +82,7 @@ def _family(trainer: type) -> type:
     return [base for base in trainer.__mro__ if "architecture" in vars(base)][-1]
 
 
-OURS = [name for name in trainers.__all__ if name not in trainers.BASELINES]
+OURS = [name for name in trainers.__all__ if name not in (*trainers.BASELINES, *trainers.RIVALS)]
 PAIRS = [(name, _family(getattr(trainers, name)).__name__) for name in OURS]
 
 

@@ -16,7 +16,7 @@ from nnunet_deform import networks, trainers
 from nnunet_deform.plans import deformux
 from nnunet_deform.trainers.variants import find_trainer
 
-OURS = [name for name in trainers.__all__ if name not in trainers.BASELINES]
+OURS = [name for name in trainers.__all__ if name not in (*trainers.BASELINES, *trainers.RIVALS)]
 MAIN = ("nnUNetTrainerDeformUX", "nnUNetTrainerLightMedSeg", "nnUNetTrainerMAGIC", "nnUNetTrainerMAGICResEnc")
 PLANS = {
     "3d": {"patch_size": (16, 16, 16)},
