@@ -1,8 +1,9 @@
 """Training step and prediction of our networks, their controls and nnU-Net's PlainConvUNet on one plan.
 
     python benchmarks/networks.py [--patch 40 56 40] [--batch 2] [--channels 1] [--device cpu] [--threads 1]
-                                  [--only NAME ...] [--skip-training] [--output FILE.json]
+                                  [--rivals] [--only NAME ...] [--skip-training] [--output FILE.json]
 
+With --rivals the networks of the papers' tables take the place of ours, those that take the plan.
 The plan is nnU-Net's for this patch at isotropic spacing, with three classes. A training step is forward, Dice and
 cross-entropy under deep supervision, backward and SGD (float32 on the CPU, bfloat16 autocast on CUDA); prediction is
 one forward pass of one sample. The networks take turns in every round, and the fastest round counts: CPU time with one
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from nnunet_deform.ops import BACKEND_VARIABLE
 from nnunet_deform.plans import deformux_architecture, lightmedseg_architecture, magic_architecture
+from nnunet_deform.plans.rivals import rival_architecture
 
 CLASSES = 3
 STOCK = "PlainConvUNet"
@@ -54,6 +56,11 @@ CONTENDERS = {
     "MAGIC 4x": Contender(magic_architecture),
     "MAGIC, static twin": Contender(partial(magic_architecture, attention="uniform", keep_dead_attention=True)),
 }
+RIVALS = {
+    name: Contender(partial(rival_architecture, network=name))
+    for name in ("NnFormer", "NnFormer_96", "UNETRPlusPlus", "SegFormer3D", "UNesT_B", "UNesT_L", "TransBTS", "CoTr")
+}
+ALL = {**CONTENDERS, **RIVALS}
 
 
 def planned(patch: Sequence[int]) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def planned(patch: Sequence[int]) -> dict[str, Any]:
 
 def build(name: str, patch: Sequence[int], channels: int) -> nn.Module:
     torch.manual_seed(0)
-    architecture = CONTENDERS[name].architecture(planned(patch), patch)
+    architecture = ALL[name].architecture(planned(patch), patch)
     network = get_network_from_plans(
         architecture["network_class_name"],
         architecture["arch_kwargs"],
@@ -107,7 +114,7 @@ class Case:
     """One contender, ready to train on one batch and to predict its first sample."""
 
     def __init__(self, name: str, patch: Sequence[int], batch: int, channels: int, device: str) -> None:
-        self.backend = CONTENDERS[name].backend
+        self.backend = ALL[name].backend
         self.device = device
         self.network = build(name, patch, channels).to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.99, nesterov=True)
@@ -128,6 +135,7 @@ class Case:
         self.network.train().decoder.deep_supervision = True
         self.optimizer.zero_grad(set_to_none=False)
         outputs = self.forward(self.image)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         weights = [1 / 2**level for level in range(len(outputs))]
         targets = [nn.functional.interpolate(self.target, output.shape[2:]) for output in outputs]
         DeepSupervisionWrapper(self.loss, weights)([output.float() for output in outputs], targets).backward()
@@ -193,6 +201,19 @@ def show(rows: Sequence[dict[str, Any]], whats: Sequence[str]) -> None:
         print(line)
 
 
+def _that_take(patch: Sequence[int]) -> list[str]:
+    """The rivals but for those that refuse the plan, who say why."""
+    names = []
+    for name, contender in RIVALS.items():
+        try:
+            contender.architecture(planned(patch), patch)
+        except NotImplementedError as error:
+            print(error)
+        else:
+            names.append(name)
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patch", type=int, nargs=3, default=(40, 56, 40))
@@ -201,12 +222,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CONTENDERS), help=f"beside {STOCK}")
+    parser.add_argument("--rivals", action="store_true", help="the networks of the papers' tables")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ALL), help=f"beside {STOCK}")
     parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
     about = describe()
-    names = [name for name in CONTENDERS if name == STOCK or arguments.only is None or name in arguments.only]
+    contenders = [STOCK, *_that_take(arguments.patch)] if arguments.rivals else list(CONTENDERS)
+    names = [name for name in contenders if name == STOCK or arguments.only is None or name in arguments.only]
     whats = ["prediction"] if arguments.skip_training else ["training_step", "prediction"]
     settings = {name: getattr(arguments, name) for name in ("patch", "batch", "channels", "threads", "rounds")}
     case_arguments = (tuple(arguments.patch), arguments.batch, arguments.channels, arguments.device)

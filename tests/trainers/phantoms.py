@@ -173,6 +173,16 @@ class _TinyPrimus(primus_trainers.Primus):
         super().__init__(channels, 24, tokens, classes, 1, 2, *arguments, **options)
 
 
+class _NarrowEmbeddingV2(primus.PatchEmbed_deeper):
+    def __init__(self, *, base_features: int, **options: Any) -> None:
+        super().__init__(base_features=8, **options)
+
+
+class _NarrowEmbeddingV3(primus.PatchEmbedDeeperControlled):
+    def __init__(self, *, ch_per_level: tuple[int, ...], **options: Any) -> None:
+        super().__init__(ch_per_level=(8,) * len(ch_per_level), **options)
+
+
 def narrow_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     """MONAI's networks, Primus and the rivals with widths that two cores can train."""
     for network, options in _NARROW.items():
@@ -180,6 +190,8 @@ def narrow_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     for network, options in _NARROW_RIVALS.items():
         monkeypatch.setitem(rivals._OPTIONS, network, options)
     monkeypatch.setattr(primus_trainers, "Primus", _TinyPrimus)
+    monkeypatch.setattr(primus, "PatchEmbed_deeper", _NarrowEmbeddingV2)
+    monkeypatch.setattr(primus, "PatchEmbedDeeperControlled", _NarrowEmbeddingV3)
     monkeypatch.setitem(primus._PRIMUS_CONFIGS, "S", {"embed_dim": 24, "eva_depth": 1, "eva_numheads": 2})
 
 

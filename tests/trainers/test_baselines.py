@@ -42,8 +42,8 @@ PLANS = {
     },
     "2d": {"patch_size": (40, 36), "strides": ((1, 1), (2, 2), (2, 2))},
 }
-# The slowest; their anisotropic plans are padded, too.
-SLOW = (("nnUNetTrainerSwinUNETR", "isotropic"), ("nnUNetTrainerMedNeXt_S", "isotropic"))
+# The slowest, and what differs from another by its embedding; their anisotropic plans are padded, too.
+SLOW = [(f"nnUNetTrainer{name}", "isotropic") for name in ("SwinUNETR", "MedNeXt_S", "PrimusV2_S", "PrimusV3_S")]
 # nnU-Net gives the coarsest output weight zero.
 COARSEST = {
     "DynUNet": "network.deep_supervision_heads.0",
@@ -67,14 +67,14 @@ WIDE = {
     "nnUNetTrainerPrimus_B": 94.1,
     "nnUNetTrainerPrimus_M": 147.7,
     "nnUNetTrainerPrimus_L": 327.0,
-    "nnUNetTrainerPrimusV2_S": 0,
-    "nnUNetTrainerPrimusV2_B": 0,
-    "nnUNetTrainerPrimusV2_M": 0,
-    "nnUNetTrainerPrimusV2_L": 0,
-    "nnUNetTrainerPrimusV3_S": 0,
-    "nnUNetTrainerPrimusV3_B": 0,
-    "nnUNetTrainerPrimusV3_M": 0,
-    "nnUNetTrainerPrimusV3_L": 0,
+    "nnUNetTrainerPrimusV2_S": 24.9,
+    "nnUNetTrainerPrimusV2_B": 94.8,
+    "nnUNetTrainerPrimusV2_M": 148.3,
+    "nnUNetTrainerPrimusV2_L": 327.5,
+    "nnUNetTrainerPrimusV3_S": 71.4,
+    "nnUNetTrainerPrimusV3_B": 150.5,
+    "nnUNetTrainerPrimusV3_M": 205.7,
+    "nnUNetTrainerPrimusV3_L": 389.4,
 }
 
 

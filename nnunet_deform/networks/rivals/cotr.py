@@ -127,10 +127,12 @@ class DeformableAttention(nn.Module):
         attended = []
         with autocast_disabled(x.device.type):
             for level, (size, tokens) in enumerate(zip(sizes, _by_level(values.float(), sizes), strict=True)):
-                extent = torch.tensor(size, dtype=torch.float32, device=x.device)
-                positions = centres[:, None] + offsets[level] / extent
                 # The sampler's coordinates go from -1 to 1, the last axis first.
-                grid = (2 * positions - 1).flip(-1)
+                along = [
+                    2 * (centre[:, None] + offset / s) - 1
+                    for centre, offset, s in zip(centres.unbind(-1), offsets[level].unbind(-1), size, strict=True)
+                ]
+                grid = torch.stack(along[::-1], dim=-1)
                 grid = grid if self.ndim == 2 else grid[:, :, :, None]
                 sampled = F.grid_sample(tokens, grid, "bilinear", "zeros", align_corners=False).flatten(3)
                 attended.append((sampled * weights[level][:, None]).sum(dim=-1))
@@ -183,8 +185,8 @@ class CoTr(AnySizeNetwork):
     Args:
         strides: of the five levels, the first all ones.
         output_strides: of each of the logits to the one before.
-        widths: of the backbone's last three maps but for the last, which is as wide as the tokens: of the levels below
-            full resolution, 64, 192 and 384. The last is a multiple of ``heads`` and of the number of axes.
+        widths: of the maps below full resolution, finest first; the two coarsest share the last, a multiple of
+            ``heads`` and of the number of axes, with the tokens.
         heads: of the attention.
         layers: of the transformer.
     """
