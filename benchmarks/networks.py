@@ -29,7 +29,12 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
 from nnunet_deform.ops import BACKEND_VARIABLE
-from nnunet_deform.plans import deformux_architecture, lightmedseg_architecture, magic_architecture
+from nnunet_deform.plans import (
+    deformux_architecture,
+    dynamic_architecture,
+    lightmedseg_architecture,
+    magic_architecture,
+)
 from nnunet_deform.plans.rivals import rival_architecture
 
 CLASSES = 3
@@ -54,6 +59,9 @@ CONTENDERS = {
     "LightMedSeg, standard convolutions": Contender(partial(lightmedseg_architecture, ghost=False)),
     "LightMedSeg, op-off twin": Contender(partial(lightmedseg_architecture, op_off=True)),
     "MAGIC 4x": Contender(magic_architecture),
+    "ODConv 4x": Contender(partial(dynamic_architecture, layer="odconv")),
+    "DCD": Contender(partial(dynamic_architecture, layer="dcd")),
+    "DDConv 8x, from level 3": Contender(partial(dynamic_architecture, layer="ddconv")),
     "MAGIC, static twin": Contender(partial(magic_architecture, attention="uniform", keep_dead_attention=True)),
 }
 RIVALS = {

@@ -45,6 +45,18 @@ from nnunet_deform.trainers.deformux import (
     nnUNetTrainerDeformUX_yz,
     nnUNetTrainerUXNet,
 )
+from nnunet_deform.trainers.dynamic import (
+    nnUNetTrainerCondConv,
+    nnUNetTrainerCondConv_BN,
+    nnUNetTrainerDCD,
+    nnUNetTrainerDCD_BN,
+    nnUNetTrainerDDConv,
+    nnUNetTrainerDDConv_BN,
+    nnUNetTrainerDYConv,
+    nnUNetTrainerDYConv_BN,
+    nnUNetTrainerODConv,
+    nnUNetTrainerODConv_BN,
+)
 from nnunet_deform.trainers.lightmedseg import (
     nnUNetTrainerLightMedSeg,
     nnUNetTrainerLightMedSeg_anchors16,
@@ -62,6 +74,7 @@ from nnunet_deform.trainers.magic import (
     nnUNetTrainerMAGIC,
     nnUNetTrainerMAGIC_2x,
     nnUNetTrainerMAGIC_annealed,
+    nnUNetTrainerMAGIC_BN,
     nnUNetTrainerMAGIC_channel,
     nnUNetTrainerMAGIC_channelGlobal,
     nnUNetTrainerMAGIC_CondConv,
@@ -74,6 +87,7 @@ from nnunet_deform.trainers.magic import (
     nnUNetTrainerMAGIC_spatialChannel,
     nnUNetTrainerMAGIC_spatialGlobal,
     nnUNetTrainerMAGIC_static,
+    nnUNetTrainerMAGIC_static_BN,
     nnUNetTrainerMAGICResEnc,
 )
 from nnunet_deform.trainers.rivals import (
@@ -89,6 +103,14 @@ from nnunet_deform.trainers.rivals import (
 
 __all__ = [
     "nnUNetTrainerCoTr",
+    "nnUNetTrainerCondConv",
+    "nnUNetTrainerCondConv_BN",
+    "nnUNetTrainerDCD",
+    "nnUNetTrainerDCD_BN",
+    "nnUNetTrainerDDConv",
+    "nnUNetTrainerDDConv_BN",
+    "nnUNetTrainerDYConv",
+    "nnUNetTrainerDYConv_BN",
     "nnUNetTrainerDeformUX",
     "nnUNetTrainerDeformUX_convnext",
     "nnUNetTrainerDeformUX_dense",
@@ -118,6 +140,7 @@ __all__ = [
     "nnUNetTrainerMAGIC",
     "nnUNetTrainerMAGICResEnc",
     "nnUNetTrainerMAGIC_2x",
+    "nnUNetTrainerMAGIC_BN",
     "nnUNetTrainerMAGIC_CondConv",
     "nnUNetTrainerMAGIC_DYConv",
     "nnUNetTrainerMAGIC_annealed",
@@ -131,12 +154,15 @@ __all__ = [
     "nnUNetTrainerMAGIC_spatialChannel",
     "nnUNetTrainerMAGIC_spatialGlobal",
     "nnUNetTrainerMAGIC_static",
+    "nnUNetTrainerMAGIC_static_BN",
     "nnUNetTrainerMedNeXt_B",
     "nnUNetTrainerMedNeXt_L",
     "nnUNetTrainerMedNeXt_M",
     "nnUNetTrainerMedNeXt_S",
     "nnUNetTrainerNnFormer",
     "nnUNetTrainerNnFormer_96",
+    "nnUNetTrainerODConv",
+    "nnUNetTrainerODConv_BN",
     "nnUNetTrainerPrimusV2_B",
     "nnUNetTrainerPrimusV2_L",
     "nnUNetTrainerPrimusV2_M",

@@ -1,4 +1,4 @@
-"""MAGIC in nnU-Net: the trainers, the rows of the paper's Tables 6 and 7, its rivals, and the static twin.
+"""MAGIC in nnU-Net: the trainers, the rows of the paper's Tables 6 and 7, the static twin, and twins with BatchNorm.
 
 The mode of nnUNetTrainerMAGIC is the networks' default: the paper's mixing with a standardised attention and an
 initialisation without dead kernels (:mod:`nnunet_deform.networks.magic` says why). Its subclasses inherit it, unless
@@ -6,14 +6,9 @@ they say that they are the letter of the paper, of the released code or of anoth
 standardisation loads in any of them, and is predicted with and trained on without it.
 """
 
-import torch
-
-from nnunet_deform.layers import set_temperature
 from nnunet_deform.plans import magic_architecture
 from nnunet_deform.trainers.base import PlannedNetworkTrainer
-from nnunet_deform.trainers.schedules import annealed_temperature
-
-_LETTER = {"attention_norm": "none", "attention_init": "released"}
+from nnunet_deform.trainers.dynamic import LETTER, Annealed, nnUNetTrainerCondConv, nnUNetTrainerDYConv
 
 
 class nnUNetTrainerMAGIC(PlannedNetworkTrainer):
@@ -44,50 +39,38 @@ class nnUNetTrainerMAGIC_letter(nnUNetTrainerMAGIC):
     """The letter of the paper, but for KR's BatchNorm: its mixing weights at temperature 1 on the bare DRF vector,
     initialised as the released code's."""
 
-    network_options = {**_LETTER, "mixing": "paper"}
+    network_options = {**LETTER, "mixing": "paper"}
 
 
 class nnUNetTrainerMAGIC_released(nnUNetTrainerMAGIC):
     """The letter of the released code, but for KR's BatchNorm: its mixing weights at its temperature of 30 on the bare
     DRF vector, and its initialisation."""
 
-    network_options = {**_LETTER, "mixing": "released"}
+    network_options = {**LETTER, "mixing": "released"}
 
 
-class nnUNetTrainerMAGIC_annealed(nnUNetTrainerMAGIC_released):
+class nnUNetTrainerMAGIC_annealed(Annealed, nnUNetTrainerMAGIC_released):
     """As released, the temperature lowered by 1 an epoch from 30 to 1, which the released code has a method for."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_temperature = 30.0
-        self.annealing_epochs = 29
 
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        temperature = annealed_temperature(
-            self.current_epoch, start=self.initial_temperature, epochs=self.annealing_epochs
-        )
-        set_temperature(self.network, temperature)
+class nnUNetTrainerMAGIC_DYConv(nnUNetTrainerDYConv):
+    """nnUNetTrainerDYConv under its former name, which is in checkpoints and names folders."""
 
 
-class nnUNetTrainerMAGIC_DYConv(nnUNetTrainerMAGIC_annealed):
-    """DYConv's attention in the place of MAGIC's, as published: annealed, on bare channel means. With
-    ``attention_norm`` these would be standardised, as nnUNetTrainerMAGIC's vector is."""
-
-    network_options = {**_LETTER, "attention": "dyconv"}
+class nnUNetTrainerMAGIC_CondConv(nnUNetTrainerCondConv):
+    """nnUNetTrainerCondConv under its former name, which is in checkpoints and names folders."""
 
 
-class nnUNetTrainerMAGIC_CondConv(nnUNetTrainerMAGIC):
-    """CondConv's attention in the place of MAGIC's, as published: eight kernels, on bare channel means."""
+class nnUNetTrainerMAGIC_BN(nnUNetTrainerMAGIC):
+    """With BatchNorm in the U-Net, for the 2d configuration, in nnUNetTrainerMAGIC's mode."""
 
-    network_options = {**_LETTER, "attention": "condconv", "n_kernels": 8}
+    network_options = {"norm": "batch"}
+
+
+class nnUNetTrainerMAGIC_static_BN(nnUNetTrainerMAGIC_static):
+    """The static twin with BatchNorm, for the 2d configuration."""
+
+    network_options = {**nnUNetTrainerMAGIC_static.network_options, "norm": "batch"}
 
 
 class nnUNetTrainerMAGIC_spatial(nnUNetTrainerMAGIC):

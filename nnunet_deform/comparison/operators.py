@@ -41,6 +41,8 @@ MEASURES = (
         "spread of mixing shares over samples (median layer)", 0.01, lambda values: values.get("mixing_spread_median")
     ),
     Measure("spread of anchors over samples (sides of the patch)", 0.01, lambda values: values.get("anchor_spread")),
+    Measure("spread of lambda over samples (median layer)", None, lambda values: values.get("lambda_spread_median")),
+    Measure("spread of Phi over samples (median layer)", None, lambda values: values.get("phi_spread_median")),
     Measure("entropy of mixing shares (median layer)", None, lambda values: values.get("mixing_entropy_median")),
     Measure("entropy of routing weights", None, lambda values: values.get("routing_entropy")),
 )

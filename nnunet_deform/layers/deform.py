@@ -77,7 +77,7 @@ class DeformConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, channels // self.groups, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(channels))
         self.taps = math.prod(self.kernel_size)
-        axes = _resolve_axes(offset_axes, self.kernel_size)
+        axes = resolve_axes(offset_axes, self.kernel_size)
         self.offset_axes = axes if deformable else ()
         self.offset: nn.Module | None = None
         if self.offset_axes:
@@ -115,7 +115,7 @@ class DeformConv(nn.Module):
             offset = self._project(x.to(self.offset.weight.dtype))
             if self.offset_clamp is not None:
                 offset = offset.clamp(-self.offset_clamp, self.offset_clamp)
-            return self._on_all_axes(offset)
+            return on_all_axes(offset, self.offset_axes, self.ndim)
 
     def _project(self, x: Tensor) -> Tensor:
         if any(k > 1 for k in self.offset.kernel_size):
@@ -123,15 +123,6 @@ class DeformConv(nn.Module):
         rows = x.movedim(1, -1).flatten(1, -2)
         planar = _PlanarProjection.apply(rows, self.offset.weight.flatten(1), self.offset.bias)
         return planar.unflatten(2, x.shape[2:])
-
-    def _on_all_axes(self, offset: Tensor) -> Tensor:
-        """[B, taps*len(offset_axes), *spatial] with zeros on the axes that do not move: [B, taps*ndim, *spatial]."""
-        if len(self.offset_axes) == self.ndim:
-            return offset
-        moving = offset.unflatten(1, (self.taps, len(self.offset_axes))).unbind(2)
-        still = torch.zeros_like(moving[0])
-        by_axis = [moving[self.offset_axes.index(a)] if a in self.offset_axes else still for a in range(self.ndim)]
-        return torch.stack(by_axis, dim=2).flatten(1, 2)
 
 
 def offset_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -163,7 +154,18 @@ class _PlanarProjection(torch.autograd.Function):
         )
 
 
-def _resolve_axes(offset_axes: OffsetAxes, kernel_size: Sequence[int]) -> tuple[int, ...]:
+def on_all_axes(offset: Tensor, axes: Sequence[int], ndim: int) -> Tensor:
+    """[B, taps*len(axes), *spatial], offsets along some axes, with zeros on the others: [B, taps*ndim, *spatial]."""
+    if len(axes) == ndim:
+        return offset
+    moving = offset.unflatten(1, (-1, len(axes))).unbind(2)
+    still = torch.zeros_like(moving[0])
+    by_axis = [moving[axes.index(axis)] if axis in axes else still for axis in range(ndim)]
+    return torch.stack(by_axis, dim=2).flatten(1, 2)
+
+
+def resolve_axes(offset_axes: OffsetAxes, kernel_size: Sequence[int]) -> tuple[int, ...]:
+    """The axes that taps may move along, see :class:`DeformConv`."""
     ndim = len(kernel_size)
     if offset_axes == "all":
         return tuple(range(ndim))

@@ -35,19 +35,26 @@ All of it is the same for every permutation of the voxels, so mirrored patches g
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_deform.layers.norm import RunningNorm
-from nnunet_deform.ops import ConvImpl, autocast_disabled, dynamic_conv2d, dynamic_conv3d, voxel_statistics
-from nnunet_deform.ops.checks import spatial_argument
+from nnunet_deform.layers.dynamic import (
+    AttentionInit,
+    ChannelAffine,
+    DynamicConv,
+    KernelAttention,
+    SoftmaxAttention,
+    channel_means,
+    mixed,
+    require_choice,
+)
+from nnunet_deform.ops import ConvImpl, autocast_disabled, voxel_statistics
 
 Attention = Literal["magic", "dyconv", "condconv", "uniform"]
 AttentionNorm = Literal["none", "running", "layer"]
-AttentionInit = Literal["released", "calibrated"]
 
 # Standard deviation over samples of the logits that "calibrated" aims at. Shares of a quarter then vary over samples by
 # about a tenth, and only a constant of -3 in its logit, which is less than 0.7 at random, would leave a kernel 1 %.
@@ -60,93 +67,7 @@ _CHOICES = {
     "attention_norm": ("none", "running", "layer"),
     "attention_init": ("released", "calibrated"),
     "init": ("released", "compensated"),
-    "conv_impl": ("auto", "grouped", "loop"),
 }
-
-
-class ChannelAffine(nn.Module):
-    """A factor and an offset for each channel of [B, C]: a norm's parameters without the norm."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight + self.bias
-
-
-class KernelAttention(nn.Module):
-    """The weights of K kernels for each sample, [B, C, *spatial] -> [B, K], computed in float32 or better.
-
-    Args:
-        channels: C.
-        norm, init: ``attention_norm`` and ``attention_init``, see the module's docstring. A state dict with an
-            attention's weights but without the statistics of "running" is one of a network without the norm: loading it
-            turns the norm off, and loading one with statistics on again.
-    """
-
-    # Numbers that autograd keeps for each voxel, beside the input.
-    kept_per_voxel = 0
-
-    def __init__(self, channels: int, *, norm: AttentionNorm = "none", init: AttentionInit = "released") -> None:
-        super().__init__()
-        self.init = init
-        if norm == "running":
-            self.norm = RunningNorm(channels)
-        elif norm == "layer":
-            self.norm = nn.LayerNorm(channels, elementwise_affine=False)
-        else:
-            self.norm = nn.Identity()
-
-    def calibrated_layers(self) -> dict[nn.Linear, float]:
-        """The layers that ``init="calibrated"`` draws otherwise, and the standard deviation of their weights."""
-        raise NotImplementedError
-
-    def reset_parameters(self) -> None:
-        """Kaiming normal by fan-out but for what ``init`` calibrates, biases zero, norms the identity."""
-        calibrated = self.calibrated_layers() if self.init == "calibrated" else {}
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                if module in calibrated:
-                    nn.init.normal_(module.weight, std=calibrated[module])
-                else:
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if isinstance(self.norm, RunningNorm):
-            ours = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-            if ours:
-                self.norm.enabled = any(key.startswith("norm.") for key in ours)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def neutralise(self) -> float:
-        """Change the last layer so that all kernels get the same weight for every input whatever comes before it;
-        returns the sum of the weights then. It must be possible to train on from there."""
-        raise NotImplementedError
-
-
-class SoftmaxAttention(KernelAttention):
-    """Kernel attention with a temperature, which is saved with the weights."""
-
-    def __init__(self, channels: int, temperature: float, **options: Any) -> None:
-        super().__init__(channels, **options)
-        self.register_buffer("temperature", torch.tensor(1.0))
-        self.set_temperature(temperature)
-
-    def set_temperature(self, temperature: float) -> None:
-        """The higher, the more even the weights."""
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be positive.")
-        self.temperature.fill_(temperature)
 
 
 class _TwoLayerAttention(SoftmaxAttention):
@@ -271,7 +192,7 @@ class DyConvAttention(_TwoLayerAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         with autocast_disabled(x.device.type):
-            means = self.norm(_channel_means(x, self.fusion[0].weight))
+            means = self.norm(channel_means(x, self.fusion[0].weight))
             return (self.fusion(means) / self.temperature).softmax(1)
 
     def neutralise(self) -> float:
@@ -288,7 +209,7 @@ class CondConvAttention(KernelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         with autocast_disabled(x.device.type):
-            return self.routing(self.norm(_channel_means(x, self.routing.weight))).sigmoid()
+            return self.routing(self.norm(channel_means(x, self.routing.weight))).sigmoid()
 
     def calibrated_layers(self) -> dict[nn.Linear, float]:
         return {self.routing: LOGIT_SPREAD / math.sqrt(self.routing.in_features)}
@@ -298,11 +219,8 @@ class CondConvAttention(KernelAttention):
         return self.routing.out_features / 2
 
 
-class MagicConv(nn.Module):
+class MagicConv(DynamicConv):
     """Dynamic convolution in the place of ``nn.Conv2d`` or ``nn.Conv3d``; see the module's docstring for the equations.
-
-    The kernels are stored folded, [n_kernels * C_out, C/groups, *kernel_size], and the biases [n_kernels * C_out], so
-    that an initialisation for ordinary convolutions sees the right fan-in.
 
     Differences from the released code: any odd number of channels (the repetition of the spatial branch is cut to C),
     rectangular kernels, biases at zero, no BatchNorm in KR unless asked for. nnU-Net's 3D batch is 2, and BatchNorm
@@ -337,8 +255,6 @@ class MagicConv(nn.Module):
             divide the channels. In training, a batch of 1 with ``kr_norm="batch"``.
     """
 
-    ndim: ClassVar[int]
-
     def __init__(
         self,
         in_channels: int,
@@ -368,7 +284,6 @@ class MagicConv(nn.Module):
         conv_impl: ConvImpl = "auto",
         keep_dead_attention: bool = False,
     ) -> None:
-        super().__init__()
         chosen = {
             "attention": attention,
             "mixing": mixing,
@@ -376,27 +291,23 @@ class MagicConv(nn.Module):
             "attention_norm": attention_norm,
             "attention_init": attention_init,
             "init": init,
-            "conv_impl": conv_impl,
         }
         for name, value in chosen.items():
-            if value not in _CHOICES[name]:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, _CHOICES[name]))}.")
-        if n_kernels < 1:
-            raise ValueError(f"n_kernels={n_kernels} must be at least 1.")
-        if groups < 1 or in_channels % groups or out_channels % groups:
-            raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}.")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = tuple(spatial_argument("kernel_size", kernel_size, self.ndim, 1))
-        self.stride = tuple(spatial_argument("stride", stride, self.ndim, 1))
-        self.padding = tuple(spatial_argument("padding", padding, self.ndim, 0))
-        self.dilation = tuple(spatial_argument("dilation", dilation, self.ndim, 1))
-        self.groups = groups
-        self.n_kernels = n_kernels
+            require_choice(name, value, _CHOICES[name])
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            n_kernels=n_kernels,
+            n_biases=n_kernels,
+            conv_impl=conv_impl,
+        )
         self.init = init
-        self.conv_impl = conv_impl
-        self.weight = nn.Parameter(torch.empty(n_kernels * out_channels, in_channels // groups, *self.kernel_size))
-        self.bias = nn.Parameter(torch.empty(n_kernels * out_channels)) if bias else None
         self.dynamic = n_kernels > 1 and attention != "uniform"
         if n_kernels == 1 and not keep_dead_attention:
             warnings.warn(
@@ -433,58 +344,16 @@ class MagicConv(nn.Module):
                 )
         self.reset_parameters()
 
-    @classmethod
-    def from_conv(
-        cls, conv: nn.Conv2d | nn.Conv3d, n_kernels: int = 4, *, noise: float = 0.01, **options: Any
-    ) -> "MagicConv":
-        """A layer that starts as a trained convolution and can be trained on.
-
-        Each kernel is a copy, with noise so that the attention has something to choose between, and scaled so that the
-        mix is the original: in "paper" mixing KR's last layer starts at zero, so that its gates are 1/2.
-
-        Args:
-            conv: the convolution.
-            n_kernels: K.
-            noise: standard deviation of the noise over that of the kernel; its mean over the kernels is zero. With 0
-                the layer gives exactly what the convolution does.
-            options: further arguments of the layer.
-
-        Raises:
-            ValueError: another number of axes, or padding that is not zeros of a given width.
-        """
-        if conv.weight.ndim != cls.ndim + 2:
-            raise ValueError(f"{conv} does not have the {cls.ndim} axes of {cls.__name__}.")
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            raise ValueError(f"{conv} must be padded with zeros, and by a number of voxels.")
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            n_kernels=n_kernels,
-            **options,
-        ).to(conv.weight)
-        total = layer.attention.neutralise() if layer.dynamic else 1.0
-        with torch.no_grad():
-            disturbance = torch.randn(n_kernels, *conv.weight.shape).to(conv.weight) * conv.weight.std() * noise
-            disturbance -= disturbance.mean(0)
-            layer.weight.copy_((conv.weight + disturbance).flatten(0, 1) / total)
-            if conv.bias is not None:
-                layer.bias.copy_(conv.bias.repeat(n_kernels) / total)
-        return layer
+    def neutralise(self) -> tuple[float, float]:
+        total = self.attention.neutralise() if self.dynamic else 1.0
+        return total, total
 
     def reset_parameters(self, initialize: Callable[[Tensor], Any] = nn.init.kaiming_uniform_) -> None:
         """The initial state: kernels by ``initialize``, biases zero, the attention's own for the attention."""
-        initialize(self.weight)
+        super().reset_parameters(initialize)
         if self.init == "compensated":
             with torch.no_grad():
                 self.weight.mul_(math.sqrt(self.n_kernels))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
         if self.attention is not None:
             self.attention.reset_parameters()
 
@@ -496,60 +365,32 @@ class MagicConv(nn.Module):
             return self.attention(x)
         return self.weight.new_full((len(x), self.n_kernels), 1 / self.n_kernels)
 
+    def kernels(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._mixed(self.mixing_weights(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] -> [B, C_out, *spatial']."""
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        if not self.dynamic:
-            conv = F.conv2d if self.ndim == 2 else F.conv3d
-            weight, bias = self._mixed(self.weight.new_full((1, self.n_kernels), 1 / self.n_kernels))
-            weight = weight[0]
-            if self.attention is not None:
-                # Gradients of zero, where distributed training would stop at none.
-                weight = weight + 0 * sum(parameter.sum() for parameter in self.attention.parameters())
-            return conv(x, weight, None if bias is None else bias[0], *geometry)
-        op = dynamic_conv2d if self.ndim == 2 else dynamic_conv3d
-        return op(x, *self._mixed(self.mixing_weights(x)), *geometry, self.conv_impl)
+        if self.dynamic:
+            return super().forward(x)
+        conv = F.conv2d if self.ndim == 2 else F.conv3d
+        weight, bias = self._mixed(self.weight.new_full((1, self.n_kernels), 1 / self.n_kernels))
+        weight = weight[0]
+        if self.attention is not None:
+            # Gradients of zero, where distributed training would stop at none.
+            weight = weight + 0 * sum(parameter.sum() for parameter in self.attention.parameters())
+        bias = None if bias is None else bias[0]
+        return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _mixed(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """Kernels [B, C_out, C/groups, *kernel] and biases [B, C_out] of mixing weights [B, K]."""
         with autocast_disabled(weights.device.type):
-            weights = weights.to(self.weight.dtype)
-            kernels = weights @ self.weight.view(self.n_kernels, -1)
-            kernels = kernels.view(len(weights), self.out_channels, *self.weight.shape[1:])
-            bias = None if self.bias is None else weights @ self.bias.view(self.n_kernels, -1)
-        return kernels, bias
+            return mixed(weights, self.weight), None if self.bias is None else mixed(weights, self.bias)
 
-    def kept_by_autograd(self, voxels: int) -> int:
+    def kept_by_autograd(self, size: Sequence[int]) -> int:
         """Numbers kept for each sample of this size in training, beyond a static convolution's: the mixed kernels and
         what the attention keeps."""
         kernels = self.weight.numel() // self.n_kernels
-        return kernels + (self.attention.kept_per_voxel * voxels if self.dynamic else 0)
-
-    @torch.no_grad()
-    def folded(self, weights: Tensor) -> nn.Conv2d | nn.Conv3d:
-        """The plain convolution with these mixing weights, [K], for every sample."""
-        kernels, bias = self._mixed(weights.unsqueeze(0))
-        conv = (nn.Conv2d if self.ndim == 2 else nn.Conv3d)(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            bias is not None,
-        ).to(self.weight)
-        conv.weight.copy_(kernels[0])
-        if bias is not None:
-            conv.bias.copy_(bias[0])
-        return conv
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            f"n_kernels={self.n_kernels}"
-        )
+        return kernels + (self.attention.kept_per_voxel * math.prod(size) if self.dynamic else 0)
 
 
 class MagicConv2d(MagicConv):
@@ -562,13 +403,6 @@ class MagicConv3d(MagicConv):
     """:class:`MagicConv` of volumes."""
 
     ndim = 3
-
-
-def set_temperature(network: nn.Module, temperature: float) -> None:
-    """Set the temperature of every attention in ``network`` that has one."""
-    for module in network.modules():
-        if isinstance(module, SoftmaxAttention):
-            module.set_temperature(temperature)
 
 
 def _hidden(channels: int, reduction: int) -> int:
@@ -588,7 +422,3 @@ def _std_behind_relu(channels: int, spread_of_input: float, spread_of_output: fl
     variance of the input; max(0, g) has (1 - 1 / pi) / 2 times the variance of a normal g, and the sum has h terms.
     """
     return spread_of_output / (spread_of_input * math.sqrt(channels * (1 - 1 / math.pi)))
-
-
-def _channel_means(x: Tensor, like: Tensor) -> Tensor:
-    return voxel_statistics(x, with_peak=False)[0].to(like.dtype)

@@ -48,23 +48,26 @@ class Observation(ABC):
 
 @dataclass(frozen=True)
 class Offsets(Observation):
-    """Of a deformable convolution with stride 1 that keeps the spatial size.
+    """Of a deformable convolution whose kernel is centred.
 
-    values: [B, taps, ndim, *spatial], in voxels of the layer's level, taps and axes in the kernel's order; level: 0 is
-    full resolution; kernel_size: one value for each axis.
+    values: [B, taps, ndim, *spatial], in voxels of the layer's input, taps and axes in the kernel's order; level: of
+    the input, 0 is full resolution; kernel_size: one value for each axis; stride: the same, None for 1; size: of the
+    input, None for that of the output.
     """
 
     level: int
     kernel_size: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    size: tuple[int, ...] | None = None
 
     def outside(self) -> float:
         """The share of samples, one for each tap at each voxel, that lie beyond the volume's outer faces, half a voxel
         from the centres of its outermost voxels, along some axis. Half a voxel further the operator reads zeros only;
         a limit there would be crossed by the slightest offset of a padded kernel's outermost taps."""
         outside = torch.zeros_like(self.values[:, :, 0], dtype=torch.bool)
-        for axis, (size, taps) in enumerate(zip(self.values.shape[3:], self._taps(), strict=True)):
-            voxels = torch.arange(size, device=self.values.device)
-            voxels = voxels.view([size if a == axis else 1 for a in range(len(self.kernel_size))])
+        for axis, (output, size, step, taps) in enumerate(zip(*self._axes(), self._taps(), strict=True)):
+            voxels = step * torch.arange(output, device=self.values.device)
+            voxels = voxels.view([output if a == axis else 1 for a in range(len(self.kernel_size))])
             position = self.values[:, :, axis] + (taps.view(-1, *[1] * len(self.kernel_size)) + voxels)
             outside |= (position < -0.5) | (position > size - 0.5)
         return float(outside.float().mean())
@@ -72,9 +75,15 @@ class Offsets(Observation):
     def outside_undeformed(self) -> float:
         """The same share without offsets, by which a kernel that is padded lies outside anyway."""
         inside = 1.0
-        for size, kernel in zip(self.values.shape[3:], self.kernel_size, strict=True):
-            inside *= sum(max(0, size - abs(tap - kernel // 2)) for tap in range(kernel)) / (size * kernel)
+        for output, size, step, kernel in zip(*self._axes(), self.kernel_size, strict=True):
+            positions = torch.arange(output).unsqueeze(1) * step + torch.arange(kernel) - kernel // 2
+            inside *= float(((positions >= 0) & (positions < size)).float().mean())
         return 1 - inside
+
+    def _axes(self) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """For each axis the size of output and input, and the stride."""
+        output = self.values.shape[3:]
+        return output, self.size or output, self.stride or (1,) * len(output)
 
     def _taps(self) -> Iterator[Tensor]:
         """For each axis the position of each tap, [taps], the centre at 0."""
@@ -141,6 +150,46 @@ class MixingWeights(Observation):
             f"mixing entropy median {values['mixing_entropy_median']:.3f}, least {values['mixing_entropy_min']:.3f}; "
             f"{values['mixing_dead']:.0f} of {values['mixing_kernels']:.0f} kernels below {DEAD_SHARE:.0%}; "
             f"spread over samples median {values['mixing_spread_median']:.4f}, least {values['mixing_spread_min']:.4f}"
+        )
+
+
+@dataclass(frozen=True)
+class ChannelFusion(Observation):
+    """Of a dynamic convolution decomposition.
+
+    values: [B, C_out + L^2], for each sample lambda, 1 where the static kernel is as it is, and then the entries of
+    Phi, 0 where the residual is static, too; outputs: C_out.
+    """
+
+    outputs: int
+
+    @classmethod
+    def summarise(cls, layers: "Mapping[str, ChannelFusion]") -> Values:
+        """Median and minimum over layers of the spread (standard deviation over samples, mean over entries) of lambda
+        and of Phi, and the median of the mean of lambda and of the root mean square of Phi."""
+        values = [layer.values.float() for layer in layers.values()]
+        parts = [
+            (v[:, : layer.outputs], v[:, layer.outputs :]) for v, layer in zip(values, layers.values(), strict=True)
+        ]
+        spreads = torch.tensor([[_spread(scale), _spread(phi)] for scale, phi in parts])
+        sizes = torch.tensor([[float(scale.mean()), float(phi.square().mean().sqrt())] for scale, phi in parts])
+        median, least, size = spreads.quantile(0.5, 0), spreads.amin(0), sizes.quantile(0.5, 0)
+        return {
+            "lambda_mean": float(size[0]),
+            "lambda_spread_median": float(median[0]),
+            "lambda_spread_min": float(least[0]),
+            "phi_rms": float(size[1]),
+            "phi_spread_median": float(median[1]),
+            "phi_spread_min": float(least[1]),
+        }
+
+    @classmethod
+    def describe(cls, values: Values) -> str:
+        return (
+            f"lambda mean {values['lambda_mean']:.3f}, spread over samples median "
+            f"{values['lambda_spread_median']:.4f}, least {values['lambda_spread_min']:.4f}; |Phi| "
+            f"{values['phi_rms']:.3f}, spread over samples median {values['phi_spread_median']:.4f}, least "
+            f"{values['phi_spread_min']:.4f}"
         )
 
 

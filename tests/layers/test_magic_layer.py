@@ -284,8 +284,7 @@ def test_only_zero_padded_convolutions_of_as_many_axes_can_be_taken_over():
 def test_folded_is_the_convolution_of_fixed_weights(ndim: int):
     layer = layer_of(ndim, stride=2, groups=2)
     x = volume(ndim)
-    weights = layer.mixing_weights(x)
-    conv = layer.folded(weights[1])
+    conv = layer.folded(*(of_sample[1] for of_sample in layer.kernels(x)))
     assert type(conv) is (nn.Conv2d if ndim == 2 else nn.Conv3d)
     torch.testing.assert_close(conv(x)[1], layer(x)[1], rtol=0, atol=1e-12)
 

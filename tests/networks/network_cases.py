@@ -13,6 +13,21 @@ from torch import Tensor, nn
 from nnunet_deform.networks import NETWORKS
 
 CONV_OP = {2: nn.Conv2d, 3: nn.Conv3d}
+# Networks by name, and what a name does not say behind a dash. Each name in NETWORKS has at least one.
+CASES = [
+    "DeformUXNet",
+    "LightMedSeg",
+    "MagicPlainConvUNet",
+    "MagicResidualEncoderUNet",
+    "DynamicPlainConvUNet-odconv",
+    "DynamicPlainConvUNet-dcd",
+    "DynamicPlainConvUNet-ddconv",
+    "DynamicResidualEncoderUNet-odconv",
+]
+
+
+def network_class(name: str) -> type[nn.Module]:
+    return NETWORKS[name.partition("-")[0]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,12 @@ class Plan:
             "strides": [list(stride) for stride in self.strides],
         }
         if name.startswith("Magic"):
-            return {**arguments, **magic_arguments(name, levels, self.ndim)}
+            # An attention with enough hidden units that not all are dead.
+            return {**arguments, **unet_arguments(name, levels, self.ndim), "reduction": 2, "temperature": 30.0}
+        if name.startswith("Dynamic"):
+            layer = name.partition("-")[2]
+            options = {"layer": layer, "min_channels": 3, "stages": list(range(levels))}
+            return {**arguments, **unet_arguments(name, levels, self.ndim), **options}
         if name == "DeformUXNet":
             return {**arguments, "n_blocks_per_stage": [1] * (levels - 1)}
         return arguments
@@ -51,7 +71,7 @@ class Plan:
     def network(
         self, name: str = "DeformUXNet", *, input_channels: int = 1, num_classes: int = 3, **options: Any
     ) -> nn.Module:
-        return NETWORKS[name](
+        return network_class(name)(
             **{"input_channels": input_channels, "num_classes": num_classes, **self.arguments(name), **options}
         )
 
@@ -59,11 +79,8 @@ class Plan:
         return torch.randn(batch, channels, *self.patch, dtype=dtype)
 
 
-def magic_arguments(name: str, levels: int, ndim: int) -> dict[str, Any]:
-    """The further arguments of nnU-Net's own U-Nets, and an attention with enough hidden units that not all are dead.
-
-    So small a network amplifies rounding at the paper's temperature of 1, as it does noise on the image.
-    """
+def unet_arguments(name: str, levels: int, ndim: int) -> dict[str, Any]:
+    """The further arguments of nnU-Net's own U-Nets."""
     encoder = {"n_blocks_per_stage": [1] * levels} if "Residual" in name else {"n_conv_per_stage": [2] * levels}
     return {
         **encoder,
@@ -73,8 +90,6 @@ def magic_arguments(name: str, levels: int, ndim: int) -> dict[str, Any]:
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "nonlin": nn.LeakyReLU,
         "nonlin_kwargs": {"inplace": True},
-        "reduction": 2,
-        "temperature": 30.0,
     }
 
 

@@ -1,4 +1,4 @@
-"""What nnU-Net, and its users, may expect of every network: a new one is tested by being listed in NETWORKS."""
+"""What nnU-Net, and its users, may expect of every network: a new one is tested by being listed in CASES."""
 
 import copy
 import io
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from network_cases import (
     ANISOTROPIC,
+    CASES,
     ISOTROPIC,
     LARGE_PLANS,
     SMALL_PLANS,
@@ -22,13 +23,12 @@ from network_cases import (
     cropped_sizes,
     deep_supervision_shapes,
     kept_by_autograd,
+    network_class,
     stir,
 )
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
-
-from nnunet_deform.networks import NETWORKS
 
 # What autograd keeps of nnU-Net's PlainConvUNet for each element that nnU-Net counts.
 STORED_PER_COUNTED = 1.85
@@ -39,9 +39,13 @@ MEMORY_TOLERANCE = {
     "LightMedSeg": 0.12,
     "MagicPlainConvUNet": 0.05,
     "MagicResidualEncoderUNet": 0.05,
+    "DynamicPlainConvUNet-odconv": 0.05,
+    "DynamicPlainConvUNet-dcd": 0.05,
+    "DynamicPlainConvUNet-ddconv": 0.05,
+    "DynamicResidualEncoderUNet-odconv": 0.05,
 }
 
-pytestmark = pytest.mark.parametrize("name", list(NETWORKS))
+pytestmark = pytest.mark.parametrize("name", CASES)
 small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
 
 
@@ -111,7 +115,7 @@ def test_nnunet_builds_and_initialises_it_from_a_plan(name: str, plan: Plan):
     arguments = plan.arguments(name)
     classes = {key: f"{v.__module__}.{v.__name__}" for key, v in arguments.items() if isinstance(v, type)}
     network = get_network_from_plans(
-        f"nnunet_deform.networks.{name}",
+        f"nnunet_deform.networks.{network_class(name).__name__}",
         {**arguments, **classes},
         list(classes),
         2,
@@ -119,7 +123,7 @@ def test_nnunet_builds_and_initialises_it_from_a_plan(name: str, plan: Plan):
         True,
         deep_supervision=True,
     )
-    assert isinstance(network, NETWORKS[name])
+    assert isinstance(network, network_class(name))
     image = plan.image(channels=2)
     before = network(image)
     assert all(output.isfinite().all() for output in before)

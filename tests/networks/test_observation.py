@@ -6,14 +6,14 @@ import pickle
 
 import pytest
 import torch
-from network_cases import ANISOTROPIC, ISOTROPIC, SMALL_PLANS, TWO_DIMENSIONAL, Plan, stir
+from network_cases import ANISOTROPIC, CASES, ISOTROPIC, SMALL_PLANS, TWO_DIMENSIONAL, Plan, stir
 from torch import Tensor, nn
 
 from nnunet_deform.layers import AnchorDetector, DeformConv
 from nnunet_deform.layers.magic import MagicAttention
-from nnunet_deform.networks import NETWORKS
 from nnunet_deform.networks.observation import (
     Anchors,
+    ChannelFusion,
     MixingWeights,
     ObservableNetwork,
     Offsets,
@@ -30,6 +30,10 @@ KINDS = {
     "LightMedSeg": {Anchors, Routing},
     "MagicPlainConvUNet": {MixingWeights},
     "MagicResidualEncoderUNet": {MixingWeights},
+    "DynamicPlainConvUNet-odconv": {MixingWeights},
+    "DynamicPlainConvUNet-dcd": {ChannelFusion},
+    "DynamicPlainConvUNet-ddconv": {MixingWeights, Offsets},
+    "DynamicResidualEncoderUNet-odconv": {MixingWeights},
 }
 TWINS = {
     "DeformUXNet": {"deformable": False},
@@ -37,7 +41,7 @@ TWINS = {
     "MagicPlainConvUNet": {"attention": "uniform", "keep_dead_attention": True},
     "MagicResidualEncoderUNet": {"attention": "uniform"},
 }
-every_network = pytest.mark.parametrize("name", list(NETWORKS))
+every_network = pytest.mark.parametrize("name", CASES)
 small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
 
 
@@ -81,7 +85,7 @@ def test_a_network_says_what_its_operators_do_and_is_as_it_was(name: str, plan: 
         torch.testing.assert_close(apart[key].values, observation.values, rtol=1e-3, atol=1e-4)
 
 
-@every_network
+@pytest.mark.parametrize("name", TWINS)
 def test_a_twin_has_nothing_to_say(name: str):
     network = TWO_DIMENSIONAL.network(name, **TWINS[name])
     assert network.observe_operators(TWO_DIMENSIONAL.image()) == {}
@@ -190,6 +194,34 @@ def test_samples_are_read_where_the_report_says():
     assert 1 - observed.outside() == pytest.approx(float(read), abs=1e-6)
 
 
+def test_of_a_strided_layer_positions_are_those_of_its_input():
+    values = torch.zeros(1, 3, 2, 3, 1)
+    strided = Offsets(values, 0, (3, 1), stride=(2, 1), size=(5, 1))
+    # Voxels 0, 2 and 4 of five, each with its two neighbours: the first's and the last's lie outside.
+    assert strided.outside() == strided.outside_undeformed() == pytest.approx(2 / 9)
+    values[:, 2, 0] = -1
+    assert Offsets(values, 0, (3, 1), stride=(2, 1), size=(5, 1)).outside() == pytest.approx(1 / 9)
+
+
+def test_a_fusion_set_by_hand():
+    still = ChannelFusion(torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 2), outputs=2)
+    moving = ChannelFusion(torch.tensor([[0.5, 1.0, 3.0, 4.0], [1.5, 1.0, 4.0, 3.0]]), outputs=2)
+    values, line = summarise({"a": still})
+    assert values == {
+        "lambda_mean": 1.0,
+        "lambda_spread_median": 0.0,
+        "lambda_spread_min": 0.0,
+        "phi_rms": 0.0,
+        "phi_spread_median": 0.0,
+        "phi_spread_min": 0.0,
+    }
+    values, line = summarise({"a": moving})
+    assert values["lambda_spread_median"] == pytest.approx(math.sqrt(0.5) / 2)
+    assert values["phi_spread_min"] == pytest.approx(math.sqrt(0.5))
+    assert values["phi_rms"] == pytest.approx(math.sqrt(12.5))
+    assert line.startswith("lambda mean 1.000, spread over samples median 0.3536, least 0.3536; |Phi| 3.536, spread")
+
+
 def test_uniform_and_one_hot_mixing():
     uniform = MixingWeights(torch.full((4, 5), 0.3))
     one_hot = MixingWeights(2 * torch.eye(5)[[1, 1, 1, 1]])
@@ -224,7 +256,7 @@ def test_the_attention_decides_what_is_seen(name: str, monkeypatch):
     for weights, entropy, dead in ((torch.full((kernels,), 0.7), 1.0, 0), (one_hot, 0.0, kernels - 1)):
         monkeypatch.setattr(MagicAttention, "forward", lambda self, x, weights=weights: weights.repeat(len(x), 1))
         observed = network.observe_operators(ISOTROPIC.image(batch=2))
-        assert list(observed) == list(network.magic_convs())
+        assert list(observed) == list(network.dynamic_convs())
         values, _ = summarise(observed)
         assert values["mixing_entropy_median"] == pytest.approx(entropy)
         assert values["mixing_entropy_min"] == pytest.approx(entropy)

@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from network_cases import ANISOTROPIC, ISOTROPIC, TWO_DIMENSIONAL
+from network_cases import ANISOTROPIC, CASES, ISOTROPIC, TWO_DIMENSIONAL
 from torch import nn
 
-from nnunet_deform.networks import NETWORKS
 from nnunet_deform.networks.memory import bytes_kept_on_cuda
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 
-networks = pytest.mark.parametrize("name", list(NETWORKS))
+networks = pytest.mark.parametrize("name", CASES)
 
 
 class Pair(nn.Module):

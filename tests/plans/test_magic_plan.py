@@ -48,7 +48,7 @@ def test_the_base_is_left_alone_and_the_result_is_json():
     assert base == before
     assert json.loads(json.dumps(architecture)) == architecture
     network = build(architecture)
-    assert {name.split(".convs")[0] for name in network.magic_convs()} == {
+    assert {name.split(".convs")[0] for name in network.dynamic_convs()} == {
         "encoder.stages.4.0",
         "encoder.stages.5.0",
         "decoder.stages.0",
@@ -70,7 +70,7 @@ def test_anisotropic_plan():
     strides = [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2]]
     kernels = [[1, 3, 3], [1, 3, 3], *[[3, 3, 3]] * 5]
     network = build(magic_architecture(stock(strides, kernels), (20, 320, 256)))
-    kernel_sizes = [conv.kernel_size for conv in network.magic_convs().values()]
+    kernel_sizes = [conv.kernel_size for conv in network.dynamic_convs().values()]
     assert kernel_sizes == [(1, 3, 3)] * 3 + [(3, 3, 3)] * 10
 
 

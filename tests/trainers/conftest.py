@@ -23,7 +23,7 @@ from phantoms import (
 )
 
 from nnunet_deform import activation
-from nnunet_deform.plans import deformux, magic
+from nnunet_deform.plans import deformux, dynamic
 
 MakeTrainer = Callable[..., nnUNetTrainer]
 
@@ -172,7 +172,7 @@ def workplace(prepared: Callable[[Scenario], Path], tmp_path: Path, monkeypatch:
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
     monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
-    monkeypatch.setattr(magic, "RESIDUAL_BLOCKS", (1, 2))
+    monkeypatch.setattr(dynamic, "RESIDUAL_BLOCKS", (1, 2))
     narrow_baselines(monkeypatch)
     threads_for_processes(monkeypatch)
     without_waiting(monkeypatch)

@@ -20,11 +20,16 @@ FAST = (
     "nnUNetTrainerLightMedSeg_paper",
     "nnUNetTrainerMAGIC",
     "nnUNetTrainerMAGICResEnc",
+    "nnUNetTrainerODConv",
+    "nnUNetTrainerDCD",
+    "nnUNetTrainerDDConv",
 )
-# Swin UNETR and CoTr refuse the plan; the others differ from one that is here in numbers.
+# Swin UNETR and CoTr refuse the plan, those with BatchNorm its three axes; the others differ from one that is here in
+# numbers.
 NOT_HERE = (
     "nnUNetTrainerSwinUNETR",
     "nnUNetTrainerCoTr",
+    *(name for name in trainers.__all__ if name.endswith("_BN")),
     "nnUNetTrainerNnFormer_96",
     "nnUNetTrainerUNesT_L",
     *(f"nnUNetTrainer{network}_{size}" for network in ("MedNeXt", "Primus", "PrimusV2", "PrimusV3") for size in "BML"),

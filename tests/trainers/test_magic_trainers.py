@@ -11,6 +11,8 @@ from nnunet_deform.networks import MagicPlainConvUNet, MagicResidualEncoderUNet
 from nnunet_deform.trainers.schedules import annealed_temperature
 from nnunet_deform.trainers.variants import find_trainer
 
+PLAN_2D = {"patch_size": (32, 24), "strides": ((1, 1), (2, 2), (2, 2))}
+
 
 def network_of(make_trainer, name: str, **plan) -> MagicPlainConvUNet | MagicResidualEncoderUNet:
     trainer = make_trainer(find_trainer(name), **plan)
@@ -19,7 +21,7 @@ def network_of(make_trainer, name: str, **plan) -> MagicPlainConvUNet | MagicRes
 
 
 def first_conv(network: MagicPlainConvUNet | MagicResidualEncoderUNet) -> MagicConv:
-    return next(iter(network.magic_convs().values()))
+    return next(iter(network.dynamic_convs().values()))
 
 
 def count(module: torch.nn.Module) -> int:
@@ -35,7 +37,7 @@ def test_networks_and_numbers_of_kernels(make_trainer) -> None:
     ):
         network = network_of(make_trainer, name)
         assert type(network) is kind
-        assert {conv.n_kernels for conv in network.magic_convs().values()} == {n_kernels}
+        assert {conv.n_kernels for conv in network.dynamic_convs().values()} == {n_kernels}
 
 
 def test_options_of_the_ablations(make_trainer) -> None:
@@ -71,6 +73,8 @@ MODES = {
     "_letter": "none released paper 1",
     "_released": "none released released 30",
     "_annealed": "none released released 30",
+    "_BN": "running calibrated paper 1",
+    "_static_BN": "running calibrated paper 1",
     "_DYConv": "none released - 30",
     "_CondConv": "none released - -",
     **{f"_{row}": "running calibrated paper 1" for row in ("spatial", "channel", "global")},
@@ -80,7 +84,8 @@ MODES = {
 
 @pytest.mark.parametrize("name", [name for name in trainers.__all__ if name.startswith("nnUNetTrainerMAGIC")])
 def test_the_mode_each_trainer_inherits(make_trainer, name) -> None:
-    attention = first_conv(network_of(make_trainer, name)).attention
+    plan = PLAN_2D if name.endswith("_BN") else {}
+    attention = first_conv(network_of(make_trainer, name, **plan)).attention
     norm = {RunningNorm: "running", torch.nn.Identity: "none"}[type(attention.norm)]
     temperature = f"{attention.temperature:g}" if hasattr(attention, "temperature") else "-"
     mode = f"{norm} {attention.init} {getattr(attention, 'mixing', '-')} {temperature}"
@@ -90,7 +95,7 @@ def test_the_mode_each_trainer_inherits(make_trainer, name) -> None:
 def test_the_static_twin_has_equal_parameters(make_trainer) -> None:
     network, twin = (network_of(make_trainer, name) for name in ("nnUNetTrainerMAGIC", "nnUNetTrainerMAGIC_static"))
     assert count(twin) == count(network)
-    assert not any(conv.dynamic for conv in twin.magic_convs().values())
+    assert not any(conv.dynamic for conv in twin.dynamic_convs().values())
 
 
 def test_annealing_schedule() -> None:
@@ -100,18 +105,26 @@ def test_annealing_schedule() -> None:
     assert annealed_temperature(0, start=30, epochs=0.4) == 30
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerMAGIC_annealed", "nnUNetTrainerMAGIC_DYConv"])
-def test_the_temperature_follows_the_epoch_and_is_predicted_with(make_trainer, name) -> None:
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    [
+        ("nnUNetTrainerMAGIC_annealed", 29),
+        ("nnUNetTrainerMAGIC_DYConv", 29),
+        ("nnUNetTrainerDYConv", 29),
+        ("nnUNetTrainerODConv", 10),
+    ],
+)
+def test_the_temperature_follows_the_epoch_and_is_predicted_with(make_trainer, name, epochs) -> None:
     trainer = make_trainer(find_trainer(name))
-    assert trainer.annealing_epochs == 29
+    assert trainer.annealing_epochs == epochs
     trainer.initialize()
     trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
-    for epoch, expected in ((0, 30), (7, 23), (29, 1), (500, 1)):
+    for epoch, expected in ((0, 30), (7, 30 - 29 * 7 / epochs), (epochs, 1), (500, 1)):
         trainer.current_epoch = epoch
         trainer.on_train_epoch_start()
         assert float(first_conv(trainer.network).attention.temperature) == pytest.approx(expected)
-    short = make_trainer(find_trainer(f"{name}_100epochs1iters"))
-    assert short.annealing_epochs == 10
+    short = make_trainer(find_trainer(f"{name}_60epochs1iters"))
+    assert short.annealing_epochs == 6
     # The released temperature is constant without annealing.
     constant = make_trainer(find_trainer("nnUNetTrainerMAGIC_released"))
     constant.initialize()

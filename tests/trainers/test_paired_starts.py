@@ -19,8 +19,11 @@ from nnunet_deform import trainers
 from nnunet_deform.plans import deformux
 from nnunet_deform.trainers.variants import find_trainer
 
-STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
-KERNELS = [[1, 3, 3], *[[3, 3, 3]] * 4]
+# By the number of axes: strides, kernels, patch.
+PLANS = {
+    2: ([[1, 1], *[[2, 2]] * 4], [[3, 3]] * 5, [64, 64]),
+    3: ([[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 3], [[1, 3, 3], *[[3, 3, 3]] * 4], [16, 64, 64]),
+}
 
 _BLOCK = r"encoder\.stages\.\d\.\d\.branches\.\d\.\d"
 _KERNELS = (r"encoder\.stages\.\d\.0\.convs\.\d\.conv\.(weight|bias)",)
@@ -69,34 +72,46 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             r"encoder\..*\.attention\.recalculation\.\d\.(weight|bias)",
         )
     },
-    "MAGIC_CondConv": {"shape": _KERNELS},
     "MAGIC_letter": _RELEASED_START,
     "MAGIC_released": _RELEASED_START,
     "MAGIC_annealed": _RELEASED_START,
-    "MAGIC_DYConv": _RELEASED_START,
+    # Another number of kernels, in DDConv's network also of those that are static there.
+    **{f"{name}{suffix}": {"shape": _KERNELS} for name in ("CondConv", "DCD", "DDConv") for suffix in ("", "_BN")},
+    "MAGIC_CondConv": {"shape": _KERNELS},
+    **{name: _RELEASED_START for name in ("DYConv", "DYConv_BN", "MAGIC_DYConv")},
+    # By fan-out before nnU-Net's initialisation.
+    **{name: {"equal": (r"encoder\.stages\.\d\.0\.convs\.\d\.conv\.weight",)} for name in ("ODConv", "ODConv_BN")},
 }
 
 
 def _family(trainer: type) -> type:
-    """The main trainer of a network: the uppermost that says where its architecture comes from."""
-    return [base for base in trainer.__mro__ if "architecture" in vars(base)][-1]
+    """The main trainer of a network: the uppermost that says where its architecture comes from, and of other dynamic
+    convolutions MAGIC's."""
+    main = [base for base in trainer.__mro__ if "architecture" in vars(base)][-1]
+    return trainers.nnUNetTrainerMAGIC if main.__module__ == "nnunet_deform.trainers.dynamic" else main
 
 
 OURS = [name for name in trainers.__all__ if name not in (*trainers.BASELINES, *trainers.RIVALS)]
 PAIRS = [(name, _family(getattr(trainers, name)).__name__) for name in OURS]
 
 
+def _axes(name: str) -> int:
+    """Those with BatchNorm are for 2D."""
+    return 2 if name.endswith("_BN") else 3
+
+
 @cache
-def _start(name: str, seed: int, deep_supervision: bool, initialize: bool) -> dict[str, Tensor]:
+def _start(name: str, seed: int, deep_supervision: bool, initialize: bool, ndim: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     trainer = getattr(trainers, name)
-    architecture = unet_architecture(STRIDES, KERNELS)
+    strides, kernels, patch_size = PLANS[ndim]
+    architecture = unet_architecture(strides, kernels)
     architecture["arch_kwargs"] |= {
         "features_per_stage": [8, 12, 16, 20, 20],
         "n_conv_per_stage": [2] * 5,
         "n_conv_per_stage_decoder": [2] * 4,
     }
-    configuration = SimpleNamespace(configuration={"architecture": architecture}, patch_size=[16, 64, 64])
+    configuration = SimpleNamespace(configuration={"architecture": architecture}, patch_size=patch_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deformux, "BASE_FEATURES", 8)
         if not initialize:
@@ -113,9 +128,10 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize(("name", "main"), PAIRS, ids=[name.removeprefix("nnUNetTrainer") for name in OURS])
 def test_what_a_variant_shares_with_the_main_network_starts_equal(record_property, name, main, initialize) -> None:
     exceptions = EXCEPTIONS.get(name.removeprefix("nnUNetTrainer"), {})
-    network = _start(main, 1, True, initialize)
-    variant = _start(name, 1, False, initialize)
-    other_seed = {**_start(name, 2, False, initialize), **_start(main, 2, True, initialize)}
+    ndim = _axes(name)
+    network = _start(main, 1, True, initialize, ndim)
+    variant = _start(name, 1, False, initialize, ndim)
+    other_seed = {**_start(name, 2, False, initialize, ndim), **_start(main, 2, True, initialize, ndim)}
     shared = [key for key in variant if key in network]
     other_shape = [key for key in shared if network[key].shape != variant[key].shape]
     assert all(_matches(key, exceptions.get("shape", ())) for key in other_shape)
@@ -132,7 +148,8 @@ def test_what_a_variant_shares_with_the_main_network_starts_equal(record_propert
 @pytest.mark.parametrize("name", EXCEPTIONS)
 def test_every_exception_is_one(name: str) -> None:
     main = _family(getattr(trainers, f"nnUNetTrainer{name}")).__name__
-    network, variant = _start(main, 1, True, False), _start(f"nnUNetTrainer{name}", 1, False, False)
+    network = _start(main, 1, True, False, _axes(name))
+    variant = _start(f"nnUNetTrainer{name}", 1, False, False, _axes(name))
     for kind, patterns in EXCEPTIONS[name].items():
         for pattern in patterns:
             pairs = [(network[key], variant[key]) for key in variant if key in network and _matches(key, (pattern,))]

@@ -45,7 +45,9 @@ def tensors(outputs: Tensor | list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", OURS)
 def test_it_builds_its_network_takes_a_step_and_loads_again(make_trainer, name) -> None:
-    trainer = make_trainer(find_trainer(name), (32, 32, 32))
+    # Those with BatchNorm are for 2D.
+    size = (32, 32) if name.endswith("_BN") else (32, 32, 32)
+    trainer = make_trainer(find_trainer(name), size, ((1,) * len(size), (2,) * len(size), (2,) * len(size)))
     trainer.initialize()
     planned = trainer.planned_architecture(trainer.configuration_manager)["network_class_name"]
     assert type(trainer.network) is networks.NETWORKS[planned.removeprefix("nnunet_deform.networks.")]
@@ -54,7 +56,7 @@ def test_it_builds_its_network_takes_a_step_and_loads_again(make_trainer, name) 
     trainer.dataloader_train, _ = trainer.get_dataloaders()
     trainer.network.train()
     batch = next(trainer.dataloader_train)
-    assert batch["data"].shape == (2, 1, 32, 32, 32)
+    assert batch["data"].shape == (2, 1, *size)
     loss = trainer.train_step(batch)["loss"]
     assert np.isfinite(loss)
     changed = {key for key, value in trainer.network.state_dict().items() if not torch.equal(value, before[key])}
@@ -71,7 +73,7 @@ def test_it_builds_its_network_takes_a_step_and_loads_again(make_trainer, name) 
     trainer.network.eval()
     with torch.no_grad():
         expected = tensors(trainer.network(batch["data"]))[0]
-        assert expected.shape == (2, 3, 32, 32, 32)
+        assert expected.shape == (2, 3, *size)
         assert torch.equal(single(batch["data"]), expected)
         assert torch.equal(pickle.loads(pickle.dumps(single))(batch["data"]), expected)
     assert pickle.loads(pickle.dumps(type(trainer))) is type(trainer)
