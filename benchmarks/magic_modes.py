@@ -1,11 +1,13 @@
-"""MAGIC's modes, and its static twin, in short trainings: are its kernels alive, and does it help that they are mixed?
+"""Dynamic convolutions in short trainings: are their kernels alive, and does it help that they depend on the sample?
 
-    python benchmarks/magic_modes.py [--data FOLDER] [--work FOLDER] [--rates RATE ...] [--seeds 0 1] [--steps 500]
-                                     [--output FILE.jsonl]
+    python benchmarks/magic_modes.py [--arms modes|rivals] [--data FOLDER] [--work FOLDER] --rates RATE ...
+                                     [--seeds 0 1] [--steps 500] [--output FILE.jsonl]
 
-Data, split, recipe, length and score are those of ``benchmarks/recipes.py``; what came out is in docs/recipes.md. All
-modes start from the same weights at a seed, but for those of the attention. Each training is one line of the output,
-and a line that is there is not trained again.
+"modes" are MAGIC's, and its static twin; "rivals" are MAGIC and what it is compared with, with InstanceNorm and with
+BatchNorm, in ten epochs instead of one, because temperatures fall from epoch to epoch. Data, split, recipe, length and
+score are those of ``benchmarks/recipes.py``; what came out is in docs/recipes.md. What networks share, but nnU-Net's
+own two, starts from the same weights at a seed. Each training is one line of the output, and a line that is there is
+not trained again.
 """
 
 import argparse
@@ -21,12 +23,33 @@ import torch
 from measuring import describe
 from recipes import DATASET, DEFAULT_DATA, REPOSITORY, WORK, folders, prepare, spelled, train
 
-OUTPUT = REPOSITORY / "benchmarks" / "results" / "magic_modes.jsonl"
+RESULTS = REPOSITORY / "benchmarks" / "results"
+_RIVALS = {
+    "MAGIC's static twin": "nnUNetTrainerMAGIC_static",
+    "MAGIC": "nnUNetTrainerMAGIC",
+    "DYConv": "nnUNetTrainerDYConv",
+    "CondConv": "nnUNetTrainerCondConv",
+    "ODConv": "nnUNetTrainerODConv",
+    "DCD": "nnUNetTrainerDCD",
+    "DDConv": "nnUNetTrainerDDConv",
+}
 MODES = {
     "static twin": "nnUNetTrainerMAGIC_static",
     "letter of the paper": "nnUNetTrainerMAGIC_letter",
     "letter of the released code": "nnUNetTrainerMAGIC_released",
     "ours": "nnUNetTrainerMAGIC",
+}
+RIVALS = {
+    "stock": "nnUNetTrainer",
+    **_RIVALS,
+    "ODConv, attention_norm layer": "nnUNetTrainerODConv_layer",
+    "stock, BatchNorm": "nnUNetTrainerBN",
+    **{f"{arm}, BatchNorm": f"{base}_BN" for arm, base in _RIVALS.items()},
+}
+# Trainers by arm, epochs, and where their results are.
+ARMS = {
+    "modes": (MODES, 1, RESULTS / "magic_modes.jsonl"),
+    "rivals": (RIVALS, 10, RESULTS / "dynamic_rivals.jsonl"),
 }
 
 
@@ -36,18 +59,21 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
     return {result["trainer"]: result for result in map(json.loads, lines)}
 
 
-def table(done: dict[str, dict[str, Any]], rates: Sequence[float], seeds: Sequence[int], steps: int) -> str:
-    rows = ["| rate | mode | validation Dice | by seed | training loss | kernels below 1 % | spread over samples |"]
+def table(
+    arms: dict[str, str], done: dict[str, dict[str, Any]], rates: Sequence[float], seeds: Sequence[int], length: str
+) -> str:
+    rows = ["| rate | arm | validation Dice | by seed | training loss | kernels below 1 % | spread over samples |"]
     rows.append("| --- | --- | --- | --- | --- | --- | --- |")
     for rate in rates:
-        for mode, base in MODES.items():
-            found = [done[full_name(base, rate, seed, steps)] for seed in seeds]
+        for mode, base in arms.items():
+            found = [done[full_name(base, rate, seed, length)] for seed in seeds]
             if any("stopped" in result for result in found):
                 rows.append(f"| {spelled(rate)} | {mode} | stopped | | | | |")
                 continue
             operators = [result["operators"] for result in found]
-            dead = ", ".join(f"{each['mixing_dead']:.0f} of {each['mixing_kernels']:.0f}" for each in operators if each)
-            spread = ", ".join(f"{each['mixing_spread_median']:.4f}" for each in operators if each)
+            mixing = [each for each in operators if "mixing_dead" in each]
+            dead = ", ".join(f"{each['mixing_dead']:.0f} of {each['mixing_kernels']:.0f}" for each in mixing)
+            spread = ", ".join(filter(None, map(spread_of, operators)))
             cells = [
                 spelled(rate),
                 mode,
@@ -61,36 +87,49 @@ def table(done: dict[str, dict[str, Any]], rates: Sequence[float], seeds: Sequen
     return "\n".join(rows)
 
 
-def full_name(base: str, rate: float, seed: int, steps: int) -> str:
-    return f"{base}_AdamW_lr{spelled(rate)}_1epochs{steps}iters_seed{seed}"
+def spread_of(operators: dict[str, float]) -> str:
+    """Of the mixing weights, or of DCD's lambda and Phi, the median layer's; empty of a static network."""
+    if "lambda_spread_median" in operators:
+        return f"{operators['lambda_spread_median']:.4f} and {operators['phi_spread_median']:.4f}"
+    return f"{operators['mixing_spread_median']:.4f}" if "mixing_spread_median" in operators else ""
+
+
+def full_name(base: str, rate: float, seed: int, length: str) -> str:
+    return f"{base}_AdamW_lr{spelled(rate)}_{length}_seed{seed}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", choices=ARMS, default="modes")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"the folder that holds {DATASET}")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--rates", nargs="+", type=float, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, help="by default a file in benchmarks/results for each --arms")
     options = parser.parse_args(argv)
+    arms, epochs, of_arms = ARMS[options.arms]
+    if options.steps % epochs:
+        parser.error(f"--steps {options.steps} must be a multiple of {epochs} epochs")
+    length = f"{epochs}epochs{options.steps // epochs}iters"
+    file = options.output or of_arms
 
     torch.set_num_threads(1)
     prepared = prepare(options.data, options.work)
     os.environ.update(folders(prepared), nnUNet_n_proc_DA="0", nnUNet_compile="f")
     for rate in options.rates:
         for seed in options.seeds:
-            for base in MODES.values():
-                name = full_name(base, rate, seed, options.steps)
-                if name in read(options.output):
+            for base in arms.values():
+                name = full_name(base, rate, seed, length)
+                if name in read(file):
                     continue
                 result = {"trainer": name, **train(name, prepared), "about": describe()}
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                with open(options.output, "a") as output:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with open(file, "a") as output:
                     output.write(json.dumps(result) + "\n")
                 outcome = result.get("stopped") or f"Dice {result['dice']:.4f}, loss {result['loss']:.3f}"
                 print(f"{name}: {outcome}", file=sys.stderr, flush=True)
-    print(table(read(options.output), options.rates, options.seeds, options.steps))
+    print(table(arms, read(file), options.rates, options.seeds, length))
 
 
 if __name__ == "__main__":

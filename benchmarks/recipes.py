@@ -188,7 +188,8 @@ def train(name: str, prepared: Path) -> dict[str, Any]:
         trained = time.process_time()
         cases = validate(trainer)
         predicted = time.process_time()
-        operators = read_epochs(Path(trainer.output_folder) / EPOCHS_FILE).get(0, {})
+        epochs = read_epochs(Path(trainer.output_folder) / EPOCHS_FILE)
+        operators = epochs[max(epochs)] if epochs else {}
     return {
         "dice": fmean(fmean(classes) for classes in cases.values()),
         "loss": fmean(losses[-LAST:]),

@@ -117,7 +117,10 @@ def estimated_bytes(
     if not hasattr(network, "compute_conv_feature_map_size"):
         return None
     per_element = _OURS.get(architecture["network_class_name"], _NNUNETS_OWN).of(len(patch_size), mixed_precision)
-    return float(network.compute_conv_feature_map_size(patch_size)) * per_element
+    total = float(network.compute_conv_feature_map_size(patch_size)) * per_element
+    if mixed_precision and hasattr(network, "autocast_surplus"):
+        total += 2 * network.autocast_surplus(patch_size)
+    return total
 
 
 def kept_bytes(

@@ -56,6 +56,7 @@ from nnunet_deform.trainers.dynamic import (
     nnUNetTrainerDYConv_BN,
     nnUNetTrainerODConv,
     nnUNetTrainerODConv_BN,
+    nnUNetTrainerODConv_layer,
 )
 from nnunet_deform.trainers.lightmedseg import (
     nnUNetTrainerLightMedSeg,
@@ -163,6 +164,7 @@ __all__ = [
     "nnUNetTrainerNnFormer_96",
     "nnUNetTrainerODConv",
     "nnUNetTrainerODConv_BN",
+    "nnUNetTrainerODConv_layer",
     "nnUNetTrainerPrimusV2_B",
     "nnUNetTrainerPrimusV2_L",
     "nnUNetTrainerPrimusV2_M",

@@ -67,6 +67,12 @@ class nnUNetTrainerODConv(Annealed):
     epochs_of_annealing = 10
 
 
+class nnUNetTrainerODConv_layer(nnUNetTrainerODConv):
+    """The squeezed vector standardised over its own entries instead, which leaves what samples have in common."""
+
+    network_options = {"layer": "odconv", "attention_norm": "layer"}
+
+
 class nnUNetTrainerDCD(PlannedNetworkTrainer):
     """DCD, the paper's equation: without the released code's BatchNorm in the residual."""
 

@@ -174,8 +174,12 @@ class DCD(DynamicConv):
         """Numbers kept for each sample of this size in training, beyond a static convolution's: the kernel, the
         residual's centre and its factors, or with ``residual_norm="batch"`` the latent maps."""
         if self.residual_norm == "batch":
-            return (5 * self.latent + self.out_channels) * math.prod(self.output_size(size))
+            return (4 * self.latent + self.out_channels) * math.prod(self.output_size(size))
         return self.weight.numel() + self.out_channels * self.latent + 3 * self.latent**2
+
+    def autocast_surplus(self, size: Sequence[int]) -> int:
+        """As of :class:`DynamicConv`: the maps on both sides of Phi are float32."""
+        return 2 * self.latent * math.prod(self.output_size(size)) if self.residual_norm == "batch" else 0
 
 
 class DCD2d(DCD):

@@ -297,6 +297,11 @@ class DynamicConv(nn.Module):
         """Numbers kept for each sample of this size in training, beyond a static convolution's."""
         raise NotImplementedError
 
+    def autocast_surplus(self, size: Sequence[int]) -> int:
+        """How many numbers of half precision autocast keeps for each sample of this size beyond as many as
+        :meth:`kept_by_autograd` counts: one for each that stays in float32, two for each of a copy in float32."""
+        return 0
+
     def output_size(self, size: Sequence[int]) -> list[int]:
         """Of an input of this size."""
         return convolved_size(size, self.kernel_size, self.stride, self.padding, self.dilation)

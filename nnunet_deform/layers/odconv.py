@@ -214,9 +214,15 @@ class ODConv(DynamicConv):
     def kept_by_autograd(self, size: Sequence[int]) -> int:
         """Numbers kept for each sample of this size in training, beyond a static convolution's: the kernel, mixed and
         after each scaling."""
+        return (1 + self._scalings()) * self.weight.numel() // self.n_kernels
+
+    def autocast_surplus(self, size: Sequence[int]) -> int:
+        """As of :class:`DynamicConv`: kernels before a scaling are float32."""
+        return self._scalings() * self.weight.numel() // self.n_kernels
+
+    def _scalings(self) -> int:
         attention = self.attention
-        scalings = (attention.channel is not None or attention.filter is not None) + (attention.spatial is not None)
-        return (1 + scalings) * self.weight.numel() // self.n_kernels
+        return (attention.channel is not None or attention.filter is not None) + (attention.spatial is not None)
 
 
 class ODConv2d(ODConv):

@@ -73,7 +73,7 @@ class DynamicUNet(nn.Module):
         layer: "odconv", "dcd", "ddconv" or "magic".
         scope: "encoder" or "all", which adds the decoder's convolutions.
         stages: levels to replace convolutions at, 0 being full resolution; None for all. DDConv in 3D needs them said:
-            it takes some forty times as long as a convolution, and is for coarse levels.
+            it takes some 25 times as long as a convolution, and is for coarse levels.
         n_kernels: kernels of each convolution. None for 4, or 2 with a residual encoder; for DDConv 8. DCD has one.
         min_channels: convolutions with fewer input channels stay static.
         options: of nnU-Net's network, and keyword-only ones of the layer.
@@ -108,7 +108,7 @@ class DynamicUNet(nn.Module):
             raise ValueError(f"stages={list(stages)} must be among {list(levels)}, 0 being full resolution.")
         if layer == "ddconv" and stages is None and self.encoder.conv_op is nn.Conv3d:
             raise ValueError(
-                "layer='ddconv' needs stages in 3D, where it takes some forty times as long as a convolution; give the "
+                "layer='ddconv' needs stages in 3D, where it takes some 25 times as long as a convolution; give the "
                 f"coarsest of {list(levels)}, such as those from 3 on."
             )
         if n_kernels is not None and "n_kernels" not in takes:
@@ -181,16 +181,24 @@ class DynamicUNet(nn.Module):
         """Elements that training keeps for one sample, as nnU-Net counts its own networks, and what the dynamic
         convolutions keep at 1 / 1.85 of its elements. Their K-fold weights are not counted: they do not depend on the
         sample."""
+        total = super().compute_conv_feature_map_size(padded_size(input_size, self.encoder.strides))
+        kept = sum(conv.kept_by_autograd(size) for conv, size in self._inputs(input_size))
+        return round(float(total) + kept / STORED_PER_COUNTED)
+
+    def autocast_surplus(self, input_size: Sequence[int]) -> int:
+        """How many numbers of half precision autocast keeps for one sample beyond as many as are counted, because some
+        of what the dynamic convolutions keep stays in float32."""
+        return sum(conv.autocast_surplus(size) for conv, size in self._inputs(input_size))
+
+    def _inputs(self, input_size: Sequence[int]) -> Iterator[tuple[DynamicConv, list[int]]]:
+        """Each dynamic convolution and the size of its input."""
         sizes = [padded_size(input_size, self.encoder.strides)]
-        total = super().compute_conv_feature_map_size(sizes[0])
         for stride in self.encoder.strides:
             sizes.append([s // step for s, step in zip(sizes[-1], stride, strict=True)])
-        kept = 0
         for _, block, level in self._blocks():
             if isinstance(block.conv, DynamicConv):
                 strided = any(step != 1 for step in block.conv.stride)
-                kept += block.conv.kept_by_autograd(sizes[level if strided else level + 1])
-        return round(float(total) + kept / STORED_PER_COUNTED)
+                yield block.conv, sizes[level if strided else level + 1]
 
     def mixing_weights(self, x: Tensor) -> dict[str, Tensor]:
         """The weight of each kernel for each sample, [B, K], by the name of the convolution, in evaluation mode; empty

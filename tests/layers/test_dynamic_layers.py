@@ -65,7 +65,7 @@ def test_starts_as_a_trained_convolution(name: str, ndim: int, bias: bool):
         layer = classes[ndim].from_conv(conv, noise=noise, **options)
         torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=tolerance)
     # It can be trained on, and every sample gets a kernel of its own then.
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     before = layer(x)
     for _ in range(2):
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from test_deformux_plan import isotropic, stock
 from nnunet_deform.networks.memory import unable_to_follow_autocast
 from nnunet_deform.plans import (
     deformux_architecture,
+    dynamic_architecture,
     estimated_gigabytes,
     lightmedseg_architecture,
     magic_architecture,
@@ -65,6 +66,26 @@ def test_the_estimate_is_within_a_tenth_of_what_autograd_keeps(name, patch, spac
     arguments = ARCHITECTURES[name](unet(patch, spacing), patch), patch, 2, 4
     measured = kept_bytes(*arguments, mixed_precision=mixed_precision)
     assert estimated_bytes(*arguments, mixed_precision=mixed_precision) == pytest.approx(measured, rel=0.1)
+
+
+@needs_autocast
+@pytest.mark.parametrize(
+    ("layer", "patch", "spacing"),
+    [
+        ("odconv", (56, 40), (1, 1)),
+        ("ddconv", (56, 40), (1, 1)),
+        pytest.param("odconv", (40, 56, 40), (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param("ddconv", (40, 56, 40), (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param("odconv", (256, 192), (1, 1), marks=pytest.mark.slow),
+        pytest.param("ddconv", (256, 192), (1, 1), marks=pytest.mark.slow),
+        pytest.param("dcd", (256, 192), (1, 1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_dynamic_convolutions_keep_in_float32_is_in_the_estimate(layer, patch, spacing):
+    arguments = dynamic_architecture(unet(patch, spacing), patch, layer=layer), patch, 2, 4
+    measured = kept_bytes(*arguments, mixed_precision=True)
+    assert estimated_bytes(*arguments, mixed_precision=True) == pytest.approx(measured, rel=0.1)
 
 
 @needs_autocast

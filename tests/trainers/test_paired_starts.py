@@ -80,7 +80,10 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "MAGIC_CondConv": {"shape": _KERNELS},
     **{name: _RELEASED_START for name in ("DYConv", "DYConv_BN", "MAGIC_DYConv")},
     # By fan-out before nnU-Net's initialisation.
-    **{name: {"equal": (r"encoder\.stages\.\d\.0\.convs\.\d\.conv\.weight",)} for name in ("ODConv", "ODConv_BN")},
+    **{
+        name: {"equal": (r"encoder\.stages\.\d\.0\.convs\.\d\.conv\.weight",)}
+        for name in ("ODConv", "ODConv_BN", "ODConv_layer")
+    },
 }
 
 
