@@ -109,7 +109,8 @@ class ODConv(DynamicConv):
         n_kernels: K.
         reduction: C over the width of the squeezed vector z, which is at least 16.
         attention_norm: of z, each with a factor and an offset for each entry. "running" is BatchNorm's formula of
-            evaluation in training as well: standardised by mean and variance over the samples of the training so far.
+            evaluation in training as well: standardised by mean and variance over the samples of the training so far,
+            and cut to five standard deviations (:class:`nnunet_deform.layers.RunningNorm`).
             "batch" is BatchNorm, as released: training needs two samples, and with two they are each other's
             complement. "layer" standardises each vector over its own entries, "none" nothing.
         temperature: T, of all four.

@@ -8,10 +8,10 @@ The networks are built as nnU-Net builds them; then convolutions are replaced by
     ddconv    :class:`nnunet_deform.layers.DDConv`
 
 What is not replaced keeps its parameters' names, so that pretrained weights, deep supervision and nnU-Net's estimates
-work as before. See the layers' modules for the equations, and for where papers and released codes differ; all of them
-replace the same convolutions, as in MAGIC's comparison, except that convolutions with kernel 1 and the first one stay
-static. InstanceNorm follows each convolution, as in nnU-Net, and precedes it: the module of the layers says what that
-does to an attention. ``norm_op`` may be BatchNorm, which the papers have.
+work as before. All kinds replace the same convolutions; those with kernel 1, with few channels and the first one stay
+static. See the layers' modules for the equations, for where papers and released codes differ, and for what nnU-Net's
+InstanceNorm, behind and in front of each convolution, does to an attention. ``norm_op`` may be BatchNorm, which the
+papers have.
 """
 
 import copy

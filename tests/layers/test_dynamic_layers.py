@@ -99,6 +99,15 @@ def test_folded_with_a_samples_kernels_it_gives_that_samples_output(name: str, n
     torch.testing.assert_close(frozen(x)[1], layer(x)[1], rtol=0, atol=1e-12)
 
 
+@every_layer
+def test_volumes_of_one_slice_are_images(name: str):
+    image, volumes = layer_of(name, 2).double(), layer_of(name, 3, kernel_size=(1, 3, 3), padding=(0, 1, 1)).double()
+    state = volumes.state_dict()
+    volumes.load_state_dict({key: value.view_as(state[key]) for key, value in image.state_dict().items()})
+    x = volume(2)
+    torch.testing.assert_close(volumes(x.unsqueeze(2)).squeeze(2), image(x), rtol=0, atol=1e-12)
+
+
 def of_sample(layer: DynamicConv, x: Tensor) -> tuple[Tensor, ...]:
     """What a layer computes of a sample before it convolves."""
     if isinstance(layer, (DCD2d, DCD3d)):
