@@ -11,6 +11,7 @@ import magic_oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamic_cases import RESNET18, RESNET18_STATIC, count
 from torch import Tensor, nn
 
 from nnunet_deform.layers import MagicConv, MagicConv2d, MagicConv3d
@@ -143,10 +144,6 @@ def test_parameter_formula(channels: int, bottleneck: float, norm_affine: bool, 
     assert count(layer) == n_kernels * (24 * channels * 9 + 24) + attention
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 # The sums were verified against the released module before this code existed.
 @pytest.mark.parametrize(
     ("channels", "n_kernels", "expected"),
@@ -158,9 +155,6 @@ def test_attention_has_the_released_parameters(channels: int, n_kernels: int, ex
     assert count(layer.attention) == expected
 
 
-RESNET18 = [*[(64, 64)] * 4, (64, 128), *[(128, 128)] * 3, (128, 256), *[(256, 256)] * 3, (256, 512), *[(512, 512)] * 3]
-
-
 @pytest.mark.parametrize(("norm_affine", "added"), [(True, 4_707_768), (False, 4_694_200)])
 def test_table_5(norm_affine: bool, added: int):
     """The sixteen 3x3 convolutions of ResNet18: what attention and further kernels add, as in the paper's Table 5."""
@@ -170,13 +164,28 @@ def test_table_5(norm_affine: bool, added: int):
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             return sum(count(MagicConv2d(i, o, 3, keep_dead_attention=True, **options)) for i, o in RESNET18)
 
-    static = sum(9 * i * o for i, o in RESNET18)
-    assert static == 10_985_472
+    static = RESNET18_STATIC
+    assert static == sum(9 * i * o for i, o in RESNET18)
     assert total(1) - static == added
     for n_kernels in (2, 4):
         # One more row of F2 for each further kernel, and KR.
         of_kernels = sum((n_kernels - 1) * (i // 8) + 2 * (n_kernels // 2) * (n_kernels + 1) for i, _ in RESNET18)
         assert total(n_kernels) == static * n_kernels + added + of_kernels
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [
+        ({"attention": "dyconv", "reduction": 4, "n_kernels": 4}, 33_258_816),
+        ({"attention": "condconv", "n_kernels": 8}, 76_956_160),
+    ],
+    ids=["dyconv", "condconv"],
+)
+def test_table_5_of_its_rivals(options: dict[str, Any], added: int):
+    """The implementations that give the table's numbers have no bias for each kernel's logit, which the layers have."""
+    with torch.device("meta"):
+        total = sum(count(MagicConv2d(i, o, 3, **options)) - options["n_kernels"] for i, o in RESNET18)
+    assert total - RESNET18_STATIC == added
 
 
 def test_one_kernel_is_a_plain_convolution_with_a_warning():
