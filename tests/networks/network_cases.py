@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ CASES = [
     "DynamicPlainConvUNet-ddconv",
     "DynamicResidualEncoderUNet-odconv",
 ]
+# The last differs from others in what each of them tests.
+every_case = pytest.mark.parametrize("name", [*CASES[:-1], pytest.param(CASES[-1], marks=pytest.mark.slow)])
 
 
 def network_class(name: str) -> type[nn.Module]:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from network_cases import (
     ANISOTROPIC,
-    CASES,
     ISOTROPIC,
     LARGE_PLANS,
     SMALL_PLANS,
@@ -22,6 +21,7 @@ from network_cases import (
     crop,
     cropped_sizes,
     deep_supervision_shapes,
+    every_case,
     kept_by_autograd,
     network_class,
     stir,
@@ -45,7 +45,7 @@ MEMORY_TOLERANCE = {
     "DynamicResidualEncoderUNet-odconv": 0.05,
 }
 
-pytestmark = pytest.mark.parametrize("name", CASES)
+pytestmark = every_case
 small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
 
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from network_cases import ANISOTROPIC, CASES, ISOTROPIC, SMALL_PLANS, TWO_DIMENSIONAL, Plan, stir
+from network_cases import ANISOTROPIC, ISOTROPIC, SMALL_PLANS, TWO_DIMENSIONAL, Plan, every_case, stir
 from torch import Tensor, nn
 
 from nnunet_deform.layers import AnchorDetector, DeformConv
@@ -41,7 +41,6 @@ TWINS = {
     "MagicPlainConvUNet": {"attention": "uniform", "keep_dead_attention": True},
     "MagicResidualEncoderUNet": {"attention": "uniform"},
 }
-every_network = pytest.mark.parametrize("name", CASES)
 small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
 
 
@@ -52,7 +51,7 @@ def set_offsets(layer: DeformConv, offsets: Tensor) -> None:
         layer.offset.bias.copy_(offsets.flatten())
 
 
-@every_network
+@every_case
 @small_plans
 @pytest.mark.parametrize("deep_supervision", [True, False], ids=["ds", "no-ds"])
 def test_a_network_says_what_its_operators_do_and_is_as_it_was(name: str, plan: Plan, deep_supervision: bool):
@@ -92,7 +91,7 @@ def test_a_twin_has_nothing_to_say(name: str):
     assert summarise({}) == ({}, "")
 
 
-@every_network
+@every_case
 def test_it_needs_no_gradients_and_works_under_autocast(name: str):
     network = stir(ISOTROPIC.network(name))
     images = ISOTROPIC.image(batch=2)
@@ -103,7 +102,7 @@ def test_it_needs_no_gradients_and_works_under_autocast(name: str):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-@every_network
+@every_case
 def test_a_compiled_network_is_not_compiled_again(name: str):
     torch.compiler.reset()
     network = stir(TWO_DIMENSIONAL.network(name))

@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from network_cases import ANISOTROPIC, CASES, ISOTROPIC, TWO_DIMENSIONAL
+from network_cases import ANISOTROPIC, ISOTROPIC, TWO_DIMENSIONAL, every_case
 from torch import nn
 
 from nnunet_deform.networks.memory import bytes_kept_on_cuda
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
-
-networks = pytest.mark.parametrize("name", CASES)
 
 
 class Pair(nn.Module):
@@ -65,7 +63,7 @@ def test_a_constructor_that_fails_leaves_the_generator_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@networks
+@every_case
 def test_a_network_takes_one_number_of_the_generator_each_time(name: str) -> None:
     """A network's weights, its second ones, and whatever is drawn after it depend on no option."""
     torch.manual_seed(0)
@@ -79,7 +77,7 @@ def test_a_network_takes_one_number_of_the_generator_each_time(name: str) -> Non
         assert torch.equal(torch.rand(2), expected)
 
 
-@networks
+@every_case
 def test_initialisation_does_not_depend_on_the_weights_before(name: str) -> None:
     torch.manual_seed(0)
     network = ISOTROPIC.network(name)
@@ -91,7 +89,7 @@ def test_initialisation_does_not_depend_on_the_weights_before(name: str) -> None
     assert all(torch.equal(*pair) for pair in zip(once, network.parameters(), strict=True))
 
 
-@networks
+@every_case
 def test_measuring_a_network_draws_nothing(name: str) -> None:
     before = torch.get_rng_state()
     with torch.device("meta"):
