@@ -175,7 +175,7 @@ def job(case: Case, launch: Launch) -> dict:
 
 
 def whole() -> list[Case]:
-    """Everything. What is compiled for 384 channels is what is compiled for 48, and takes no time."""
+    """Everything. What is compiled for 384 channels is for the most part what is compiled for 48, and takes no time."""
     cases = itertools.product(ARCHITECTURES, DTYPES, (20, 48, 384), (3, 2), (False, True))
     return [Case(*case) for case in cases]
 

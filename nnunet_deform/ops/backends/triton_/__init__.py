@@ -49,7 +49,7 @@ _MOST_ITEMS = 65535
 # Neighbouring voxels of one program, by the number of axes, and its threads: as many (see kernels.py).
 _BRICK = {2: (1, 4, 8), 3: (2, 2, 8)}
 _WARPS = 1
-# Where every thread adds to one channel, each has to do with more voxels: half as many leave enough registers.
+# Half as many, where several voxels for each thread would take so many registers that few warps find room.
 _HALF_BRICK = (1, 2, 8)
 
 # Channels at a time: 16 bytes of a voxel for one thread in half precision, for each of two in float32.
@@ -58,6 +58,8 @@ _BLOCK = 8
 _GATHER_BLOCK = 16
 # Such blocks in one program of the forward pass, for which it computes positions once: a sum in registers for each.
 _BLOCKS = 6
+# Wide maps are small ones, with few programs: more of them matter more than positions.
+_WIDE_MAP, _BLOCKS_OF_WIDE = 96, 2
 # Neighbouring channels that one atomic addition in float32 takes, from compute capability 9.0 on.
 _ADDED_AT_ONCE = 4
 
@@ -184,7 +186,9 @@ def _offset_weight_gradient(
     problem: "_Problem", grad_output: Tensor, needs_offset: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     offset, weight = problem.offset["offset"], problem.weight
-    bricks = problem.bricks(problem.brick)
+    # One voxel for each thread, or for those that share its channels.
+    brick = problem.brick if problem.lane == problem.block else _HALF_BRICK
+    bricks = problem.bricks(brick)
     per_run = max(1, bricks * problem.items * problem.taps // _PROGRAMS)
     runs = triton.cdiv(bricks, per_run)
     summands = (runs, problem.batch, problem.groups, problem.taps, problem.group_channels)
@@ -199,7 +203,7 @@ def _offset_weight_gradient(
         grad_weight=grad_weight,
         bricks_per_run=per_run,
         **problem.geometry,
-        **_by_axis("BRICK_{}", problem.brick, 1),
+        **_by_axis("BRICK_{}", brick, 1),
         group_channels=problem.group_channels,
         BLOCK_C=problem.block,
         LANE_C=problem.lane,
@@ -306,9 +310,9 @@ class _Problem:
         self.by_tap = self.aligned(by_tap)
         # What one access of 16 bytes takes.
         self.lane = min(self.block, 16 // weight.element_size())
-        # So many runs of blocks that none has more than _BLOCKS, and all the same number (kernels.py tells how).
+        # So many runs of blocks that none has more than it may, and all the same number (kernels.py tells how).
         blocks = self.group_channels // self.block
-        self.runs = triton.cdiv(blocks, _BLOCKS)
+        self.runs = triton.cdiv(blocks, _BLOCKS if channels <= _WIDE_MAP else _BLOCKS_OF_WIDE)
         self.blocks = triton.cdiv(blocks, self.runs)
 
         starts = (input.storage_offset(), *(input.stride(axis) for axis in (0, *range(2, input.ndim))))
