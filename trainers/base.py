@@ -14,8 +14,10 @@ from torch import nn
 from nnunet_deform.plans.architecture import Architecture
 from nnunet_deform.plans.memory import estimated_gigabytes
 from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
+from nnunet_deform.trainers.eager_fallback import EagerFallback
 from nnunet_deform.trainers.numerical_guard import NumericalGuard
 from nnunet_deform.trainers.operator_report import OperatorReport
+from nnunet_deform.trainers.preflight import Preflight
 
 MEMORY_ADVICE = (
     "use a smaller batch or patch (a copy of the plans file with a smaller batch_size or patch_size under another "
@@ -23,7 +25,7 @@ MEMORY_ADVICE = (
 )
 
 
-class PlannedNetworkTrainer(OperatorReport, NumericalGuard, AtomicCheckpoints):
+class PlannedNetworkTrainer(OperatorReport, EagerFallback, NumericalGuard, Preflight, AtomicCheckpoints):
     """nnU-Net's trainer with the network that ``architecture`` derives from the plan.
 
     A subclass sets ``architecture``, a function of :mod:`nnunet_deform.plans`, and an ablation of it

@@ -34,6 +34,7 @@ import nnunet_deform
 from nnunet_deform import trainers
 from nnunet_deform.trainers.checkpoints import AtomicCheckpoints
 from nnunet_deform.trainers.numerical_guard import NumericalGuard
+from nnunet_deform.trainers.preflight import Preflight
 from nnunet_deform.trainers.recipes import AdamWRecipe
 
 _EXTERNAL_TRAINERS = "nnUNet_extTrainer"
@@ -119,7 +120,7 @@ def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) ->
         attributes["learning_rate"] = _learning_rate(parts["rate"])
         if not issubclass(base, AdamWRecipe) and not parts["adamw"]:
             bases.append(Rated)
-    bases += [shared for shared in (NumericalGuard, AtomicCheckpoints) if not issubclass(base, shared)]
+    bases += [shared for shared in (NumericalGuard, Preflight, AtomicCheckpoints) if not issubclass(base, shared)]
     return type(name, (*bases, base), attributes)
 
 

@@ -126,7 +126,7 @@ def traced(hopper, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list, Call
 
         return run
 
-    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    monkeypatch.setenv(BACKEND_VARIABLE, "triton")
     monkeypatch.setattr(triton_, "_interpreted", lambda: True)
     monkeypatch.setattr(triton_, "wrap_triton", torch.library.wrap_triton)
     torch.compiler.reset()

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nnunet_deform.ops.backends import cpu, reference, torch_, triton_
+from nnunet_deform.ops.backends import cpu, preflight, reference, torch_, triton_
 
 logger = logging.getLogger("nnunet_deform.ops")
 
@@ -63,6 +63,9 @@ _PREFERENCE = ("triton", "cpu", "torch")
 def choose_backend(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[str, Backend]:
     """The backend for these tensors: the one NNUNET_DEFORM_BACKEND names, else the fastest that can run.
 
+    Before it is chosen for the first time on a machine, the Triton backend is tried in a process of its own, which
+    takes up to a minute; see :mod:`nnunet_deform.ops.backends.preflight`.
+
     Raises:
         ValueError: the environment variable names no backend.
         RuntimeError: the backend it names cannot run on these tensors; the message says why.
@@ -82,11 +85,20 @@ def choose_backend(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[str, 
     passed_over = []
     for name in _PREFERENCE:
         reason = _BACKENDS[name].unable(input, offset, weight)
+        if reason is None and name == "triton":
+            reason = preflight.objection(preflight.Trial.of(input, offset, weight))
         if reason is None:
             _log_choice(name, input.device.type, str(input.dtype), "; ".join(passed_over))
             return name, _BACKENDS[name]
         passed_over.append(f"not {name}: {reason}")
     raise RuntimeError(f"no backend can run this deformable convolution ({'; '.join(passed_over)})")
+
+
+def trial_due(input: Tensor, offset: Tensor, weight: Tensor) -> preflight.Trial | None:
+    """What the first use of these tensors' backend would try, so that it can be done before; None for nothing."""
+    if os.environ.get(BACKEND_VARIABLE) or triton_.unable(input, offset, weight) is not None:
+        return None
+    return preflight.Trial.of(input, offset, weight)
 
 
 def backends_for(input: Tensor, offset: Tensor, weight: Tensor) -> dict[str, str | None]:

@@ -1,0 +1,69 @@
+"""The preflight of the Triton backend; preflight_interpreted.py has its failures, here is what needs no kernels."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_triton_backend import needs_interpreter, needs_triton
+
+from nnunet_deform.ops import choose_backend
+from nnunet_deform.ops.backends import preflight, trial_due, triton_
+
+
+@needs_triton
+@needs_interpreter
+def test_kernels_that_fail_in_every_way():
+    """In a process of its own, with a limit of time for those that hang."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "preflight_interpreted.py"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert int(re.search(r"(\d+) passed", ended.stdout)[1]) == 23, ended.stdout
+
+
+def tensors(channels: int = 48, groups: int = 1) -> list[torch.Tensor]:
+    return [torch.zeros(1, channels, 2, 2), torch.zeros(1, 18 * groups, 2, 2), torch.zeros(channels, 1, 3, 3)]
+
+
+def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NNUNET_DEFORM_BACKEND", raising=False)
+
+    def tried(*arguments):
+        raise AssertionError("tried")
+
+    monkeypatch.setattr(preflight, "objection", tried)
+    monkeypatch.setattr(preflight.Trial, "of", tried)
+    assert choose_backend(*tensors())[0] in ("cpu", "torch")
+    assert trial_due(*tensors()) is None
+
+
+def test_what_a_trial_is_of(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NNUNET_DEFORM_BACKEND", raising=False)
+    monkeypatch.setattr(triton_, "unable", lambda *tensors: None)
+    assert trial_due(*tensors()) == preflight.Trial("cpu", "float32", 2, 16, False)
+    assert trial_due(*tensors(channels=24)).channels == 20
+    assert trial_due(*tensors(groups=2)).channels == 20
+    assert trial_due(*tensors(groups=3)).channels == 16
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert trial_due(*tensors()).deterministic
+    monkeypatch.setenv("NNUNET_DEFORM_BACKEND", "torch")
+    assert trial_due(*tensors()) is None
+
+
+def test_where_verdicts_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert preflight.folder() == tmp_path / "cache" / "nnunet-deform" / "preflight"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert preflight.folder() == tmp_path / ".cache" / "nnunet-deform" / "preflight"
+    assert preflight.remembered() == []
