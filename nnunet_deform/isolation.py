@@ -5,13 +5,14 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from typing import Any
 
 # The process imports from where this one does, and not from the working directory.
@@ -22,7 +23,7 @@ _PROGRAM = (
 _POLL_S = 0.05
 # A process in the middle of a call into a driver that hangs does not end even when it is killed.
 _PATIENCE_S = 5.0
-# Characters of what a process said last.
+# Characters of what an error or a process says.
 _LONGEST = 200
 
 
@@ -72,11 +73,11 @@ class _Process:
         self._results = self._files.enter_context(results.open(encoding="utf-8"))
         # No pipe: what the process starts would keep it open.
         self._log = self._files.enter_context((folder / "log").open("w+", encoding="utf-8", errors="replace"))
-        self._process = subprocess.Popen(
+        self._process = Popen(
             [sys.executable, "-c", _PROGRAM, os.pathsep.join(sys.path), json.dumps(request)],
-            stdin=subprocess.DEVNULL,
+            stdin=DEVNULL,
             stdout=self._log,
-            stderr=subprocess.STDOUT,
+            stderr=STDOUT,
             start_new_session=True,
         )
 
@@ -132,7 +133,7 @@ class _Process:
                     os.killpg(self._process.pid, signal.SIGKILL)
                 else:
                     self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(TimeoutExpired):
                 self._process.wait(_PATIENCE_S)
 
 
@@ -151,6 +152,6 @@ def _serve(text: str) -> None:
 
 
 def described(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """An error's kind and the beginning of what it says, in one line."""
+    text = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

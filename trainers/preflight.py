@@ -33,8 +33,10 @@ class Preflight(nnUNetTrainer):
             (decided,) = message
         for trial, verdict in decided:
             preflight.settle(replace(trial, device=str(self.device)), verdict)
-            if verdict.fault is not None:
-                self.print_to_log_file(preflight.warning(trial, verdict))
+        faults = [(trial, verdict) for trial, verdict in decided if verdict.fault is not None]
+        if faults and self.local_rank == 0:
+            # One line: other variants of the kernels tell the same story.
+            self.print_to_log_file(preflight.warning(*faults[0]))
 
 
 def _trials(network: nn.Module, device: torch.device, dtype: torch.dtype) -> list[preflight.Trial]:

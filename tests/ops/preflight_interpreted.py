@@ -50,7 +50,7 @@ def hangs(launch, arguments):
 
 
 FAULTS = {
-    raises: "raised RuntimeError: device-side assert triggered",
+    raises: "raised RuntimeError: device-side assert triggered more of it",
     is_wrong: "was wrong (the {result} is off by 1.0e-03 of its norm, where 4.0e-06 is allowed)",
     returns_nan: "was wrong (the {result} is not finite)",
     kills_its_process: "ended its process by SIGSEGV",
@@ -67,7 +67,7 @@ def _nothing_tried_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> type[Forked]:
-    monkeypatch.setattr(isolation.subprocess, "Popen", Forked)
+    monkeypatch.setattr(isolation, "Popen", Forked)
     monkeypatch.setattr(Forked, "started", 0)
     return Forked
 
@@ -148,7 +148,7 @@ def test_a_process_of_its_own(monkeypatch, caplog) -> None:
         raise OSError("Resource temporarily unavailable")
 
     monkeypatch.setattr(preflight, "_verdicts", {})
-    monkeypatch.setattr(isolation.subprocess, "Popen", no_process)
+    monkeypatch.setattr(isolation, "Popen", no_process)
     assert choose_backend(*tensors)[0] == "triton"
     # Where no process can be started it is another backend, this time.
     assert choose_backend(*problem(channels=5))[0] != "triton"
