@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import describe, fastest, in_own_process
 from networks import CONTENDERS, STOCK, build
 from torch import Tensor
+
+from nnunet_deform.selftest.measuring import describe, fastest, in_own_process
 
 NAMES = (STOCK, "DeformUX-Net", "LightMedSeg", "MAGIC 4x")
 STEPS = 2

@@ -23,41 +23,20 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 import triton_code
-from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 from torch import Tensor
 
 from nnunet_deform.ops import BACKEND_VARIABLE, backends_for, deform_conv3d
 from nnunet_deform.ops.backends import cpu, triton_
+from nnunet_deform.selftest.measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
+from nnunet_deform.selftest.speed import TAPS, composition, depthwise
 
 # Batch, channels, voxels along each axis.
 SHAPES = {
     "cpu": ((1, 48, 24), (1, 96, 12), (1, 16, 32)),
     "cuda": ((2, 48, 48), (2, 96, 24), (2, 192, 12), (2, 384, 6), (2, 32, 64), (2, 32, 96)),
 }
-TAPS = 27
-
 Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def composition(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same operator from torch's own parts, with a kernel of 3 and padding 1."""
-    size = input.shape[2:]
-    voxels = torch.meshgrid(*(torch.arange(s, device=input.device, dtype=offset.dtype) for s in size), indexing="ij")
-    output = bias.view(1, -1, 1, 1, 1)
-    for tap in range(TAPS):
-        place = (tap // 9 - 1, tap // 3 % 3 - 1, tap % 3 - 1)
-        positions = [v + p + offset[:, 3 * tap + axis] for axis, (v, p) in enumerate(zip(voxels, place, strict=True))]
-        grid = torch.stack([(2 * q + 1) / s - 1 for q, s in zip(positions, size, strict=True)][::-1], -1)
-        sample = F.grid_sample(input, grid.to(input.dtype), padding_mode="zeros", align_corners=False)
-        output = output + sample * weight.flatten(1)[:, tap].view(1, -1, 1, 1, 1)
-    return output
-
-
-def depthwise(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """No deformation: what the operator costs on top of this is the price of being deformable."""
-    return F.conv3d(input, weight, bias, padding=1, groups=len(weight))
 
 
 def tvdcn(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from measuring import describe
 from recipes import DATASET, DEFAULT_DATA, REPOSITORY, WORK, folders, prepare, spelled, train
+
+from nnunet_deform.selftest.measuring import describe
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 _RIVALS = {

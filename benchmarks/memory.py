@@ -10,7 +10,6 @@ saved for the backward pass, of one sample; GB are the planner's for a step of b
 import sys
 
 import torch
-from measuring import describe
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 
 from nnunet_deform.networks.memory import unable_to_follow_autocast
@@ -18,6 +17,7 @@ from nnunet_deform.plans import estimated_gigabytes
 from nnunet_deform.plans.architecture import Architecture
 from nnunet_deform.plans.memory import estimated_bytes, kept_bytes
 from nnunet_deform.plans.planners import PLANNERS
+from nnunet_deform.selftest.measuring import describe
 
 PATCHES = {  # patch, spacing, batch
     "Hippocampus, 40 x 56 x 40": ((40, 56, 40), (1, 1, 1), 2),

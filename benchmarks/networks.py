@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -36,6 +35,7 @@ from nnunet_deform.plans import (
     magic_architecture,
 )
 from nnunet_deform.plans.rivals import rival_architecture
+from nnunet_deform.selftest.measuring import PeakMemory, can_measure_memory, clock_of, describe, fastest, in_own_process
 
 CLASSES = 3
 STOCK = "PlainConvUNet"

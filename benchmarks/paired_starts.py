@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 
 import torch
-from measuring import describe
 from networks import CLASSES
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import DeformConv
 from nnunet_deform.networks import DeformUXNet
+from nnunet_deform.selftest.measuring import describe
 
 PATCH = 32
 LEVELS = 5

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import describe
+
+from nnunet_deform.selftest.measuring import describe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENTS = REPOSITORY / "docs" / "recipes" / "patients.json"

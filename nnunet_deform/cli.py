@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Column, Table
 
 from nnunet_deform import __version__, activation
@@ -22,6 +24,7 @@ from nnunet_deform import __version__, activation
 if TYPE_CHECKING:
     from nnunet_deform.comparison.run import Comparison
     from nnunet_deform.plans.planners import Choice, NetworkPlanner
+    from nnunet_deform.selftest import Finding
 
 app = typer.Typer(
     name="nnunet-deform",
@@ -157,6 +160,7 @@ def _print_backends(console: Console) -> list[str]:
 
     from nnunet_deform import diagnosis
     from nnunet_deform.ops import backends_for, choose_backend
+    from nnunet_deform.ops.backends import preflight, trial_due
 
     table = Table("device", "backend", "state")
     problems = []
@@ -171,20 +175,139 @@ def _print_backends(console: Console) -> list[str]:
             torch.zeros(1, 81, 4, 4, 4, device=device),
             torch.zeros(16, 1, 3, 3, 3, device=device),
         )
+        trial = trial_due(*tensors)
+        verdict = None if trial is None else preflight.recalled(trial)
+        untried = trial is not None and verdict is None
         try:
-            chosen, _ = choose_backend(*tensors)
+            # Which would try it now.
+            chosen = "triton" if untried else choose_backend(*tensors)[0]
         except (ValueError, RuntimeError) as error:
             table.add_row(device, "-", "[red]none[/red]")
             problems.append(f"On {device}: {error}")
             continue
         reasons = backends_for(*tensors)
+        if verdict is not None and verdict.fault is not None:
+            reasons["triton"] = f"it {verdict.fault} in its preflight; {preflight.SELFTEST} tries it again"
         if device == "cuda" and (note := diagnosis.gpu_note(chosen, reasons)) is not None:
             console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
         for name, reason in reasons.items():
             state = "used" if name == chosen else "available"
+            if untried and name == chosen:
+                state = "used, if it passes its preflight"
             table.add_row(device, name, state if reason is None else f"cannot run: {escape(reason)}")
     console.print(table)
+    _print_preflights(console)
     return problems
+
+
+def _print_preflights(console: Console) -> None:
+    from nnunet_deform.ops.backends import preflight
+
+    table = Table("preflight of triton on", "with", "of", "verdict", "date")
+    for record in preflight.remembered():
+        trial = preflight.Trial(**{name: record[name] for name in preflight.Trial.__annotations__})
+        packages = ("torch", "triton", "nnunet-deform")
+        versions = ", ".join(f"{package} {record[package]}" for package in packages)
+        verdict = "passed" if record["fault"] is None else f"[red]{escape(record['fault'])}[/red]"
+        table.add_row(escape(record["gpu"]), escape(versions), trial.what, verdict, record["date"])
+    if table.row_count:
+        console.print(table)
+
+
+class Device(str, Enum):
+    """What torch computes on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+    MPS = "mps"
+
+
+@app.command()
+def selftest(
+    device: Annotated[
+        Device | None, typer.Option("--device", help="Default: the GPU if there is one.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Write the report here, to attach to an issue.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Try every operator, backend and network of ours on this machine, in minutes. Run this first."""
+    if output is not None and not output.absolute().parent.is_dir():
+        raise _fail(f"-o {output}: there is no folder {output.absolute().parent}; make it, or name another file.")
+    # nnU-Net prints where its folders are.
+    with contextlib.redirect_stdout(io.StringIO()):
+        from nnunet_deform import selftest as tests
+    chosen = tests.best_device() if device is None else device.value
+    if (reason := tests.unavailable(chosen)) is not None:
+        raise _fail(f"--device {chosen}: {reason}")
+
+    started = time.monotonic()
+    checks = tests.checks_for(chosen)
+    found = []
+    console = Console(soft_wrap=True, highlight=False)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task(f"self-test on {chosen}", total=len(checks))
+        for check, finding in zip(checks, tests.findings(checks), strict=True):
+            found.append(finding)
+            progress.update(bar, advance=1, description=f"{check.group}, {check.name}")
+    report = tests.report(chosen, found, time.monotonic() - started)
+    for group in dict.fromkeys(finding.group for finding in found):
+        console.print(_findings_table(group, [finding for finding in found if finding.group == group]))
+    about = report["about"]
+    machine = "; ".join(about.get("gpus", [])) or f"{about['processor']}, {report['threads']} of {about['cores']} cores"
+    console.print(
+        f"{machine}; torch {about['torch']}, Triton {about['triton']}, nnunet-deform {about['nnunet-deform']}"
+    )
+    faults = [f for f in found if f.fault is not None]
+    for finding in faults:
+        where = f"{finding.group}, {finding.name}" + (f", {finding.column}" if finding.column else "")
+        console.print(f"[bold red]Fails:[/bold red] {escape(where)}: {escape(finding.fault)}.")
+    if output is not None:
+        try:
+            tests.write(report, output)
+        except OSError as error:
+            raise _fail(f"cannot write {output} ({error.strerror}); name another file with -o.") from None
+        console.print(f"Wrote {output}")
+    done = sum(finding.skipped is None for finding in found)
+    if faults:
+        advice = (
+            "attach the report to an issue"
+            if output
+            else "run it again with -o report.json and attach that to an issue"
+        )
+        console.print(
+            f"[bold red]{len(faults)} of {done} checks fail[/bold red] in {report['seconds']:.0f} s; please {advice}."
+        )
+        raise typer.Exit(1)
+    console.print(f"[bold green]All {done} checks pass[/bold green] in {report['seconds']:.0f} s on {chosen}.")
+
+
+def _findings_table(group: str, found: list["Finding"]) -> Table:
+    """One row for each name, with a tick, a cross or a dash in each column; or, where there are times, these."""
+    if rows := [(f.name, name, row) for f in found for name, row in f.figures.get("rows", {}).items()]:
+        table = Table(group, "", "forward", "+ backward", "times as fast", "extra memory", title_justify="left")
+        # The first of each shape.
+        composition = {name: row["forward_backward_ms"] for name, _, row in reversed(rows)}
+        for name, contender, row in rows:
+            memory = "-" if row["extra_memory"] is None else f"{row['extra_memory']:.1f} inputs"
+            milliseconds = (f"{row[key]:.2f} ms" for key in ("forward_ms", "forward_backward_ms"))
+            table.add_row(
+                name, contender, *milliseconds, f"{composition[name] / row['forward_backward_ms']:.1f}", memory
+            )
+        return table
+    columns = list(dict.fromkeys(f.column for f in found))
+    table = Table(Column(group, overflow="fold"), *columns)
+    for name in dict.fromkeys(f.name for f in found):
+        cells = {f.column: f for f in found if f.name == name}
+        table.add_row(name, *(_mark(cells.get(column)) for column in columns))
+    return table
+
+
+def _mark(finding: "Finding | None") -> str:
+    if finding is None or finding.skipped is not None:
+        return "[dim]-[/dim]"
+    return "[green]\N{CHECK MARK}[/green]" if finding.fault is None else "[bold red]\N{BALLOT X}[/bold red]"
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Processes of :mod:`nnunet_deform.isolation` that need not import torch first."""
 
+import faulthandler
 import os
 
 from nnunet_deform import isolation
@@ -14,6 +15,7 @@ class Forked:
         Forked.started += 1
         self.pid = os.fork()
         if self.pid == 0:
+            faulthandler.disable()
             os.setsid()
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nnunet_deform import __version__, activation, cli, diagnosis, trainers
+from nnunet_deform.ops.backends import preflight, triton_
 
 OURS = activation.extension_folder()
 
@@ -122,6 +123,30 @@ def test_status_when_all_is_well(run, pth, monkeypatch):
     for name in trainers.__all__:
         assert any(name in line and "found" in line for line in result.output.splitlines())
     assert any("cpu" in line and "used" in line for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize("fault", [None, "was wrong (the output is not finite)"], ids=["passed", "failed"])
+def test_status_says_what_the_preflight_remembers(run, pth, monkeypatch, tmp_path, fault):
+    """And tries nothing itself."""
+    monkeypatch.setenv(activation.VARIABLE, OURS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("NNUNET_DEFORM_BACKEND", raising=False)
+    monkeypatch.setattr(triton_, "unable", lambda *tensors: None)
+    monkeypatch.setattr(preflight, "_verdicts", {})
+    monkeypatch.setattr(preflight, "_try", lambda trial: pytest.fail("tried"))
+    monkeypatch.setattr(diagnosis, "lookup", lambda name: getattr(trainers, name))  # takes long, and is not the point
+    machine = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2.14", "triton": "3.8", "nnunet-deform": "0.1"}
+    monkeypatch.setattr(preflight, "machine", lambda device: machine)
+    output = run("status").output
+    assert "used, if it passes its preflight" in output
+    assert "NVIDIA H200" not in output
+
+    trial = preflight.Trial("cpu", "float32", 3, 16, False)
+    preflight._remember(preflight._file(trial), trial, fault)
+    output = run("status").output
+    assert any("NVIDIA H200" in line and (fault or "passed") in line for line in output.splitlines())
+    assert "if it passes its preflight" not in output
+    assert ("cannot run: it was wrong" in output) == (fault is not None)
 
 
 def test_status_when_not_active(run, pth):

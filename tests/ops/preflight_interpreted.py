@@ -195,6 +195,7 @@ def test_what_says_nothing_about_the_kernels_is_not_remembered(circumstance, for
     decided = preflight.verdict(trial)
     assert decided.fault.startswith("could not be tried (")
     assert not decided.lasting
+    assert preflight.warning(trial, decided).endswith("an issue. NNUNET_DEFORM_BACKEND=triton uses it untried.")
     assert not preflight.remembered()
     assert choose_backend(*problem())[0] != "triton"
 

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from phantoms import narrow_baselines
+from torch._dynamo import OptimizedModule
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_deform.plans import deformux
@@ -44,6 +46,39 @@ def two_steps(trainer: nnUNetTrainer) -> dict:
     return {"start": own, "end": digest(plain), "losses": losses, "single": list(single.shape)}
 
 
+class Tiny(torch.nn.Module):
+    """Takes a compiler a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = torch.nn.Conv3d(1, 3, 3)
+        self.decoder.deep_supervision = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(x)
+
+
+def falling_back(trainer: nnUNetTrainer) -> dict:
+    """Two steps of a network whose backward pass no rank can compile."""
+
+    def raises(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=raises)
+    network = Tiny()
+    trainer.network = DistributedDataParallel(torch.compile(network, backend=backend))
+    trainer.optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    trainer.optimizer.register_step_pre_hook(trainer._before_optimizer_step)
+    trainer._weights_before = None
+    trainer._build_loss = lambda: lambda output, target: output.square().mean()
+    trainer.loss = trainer._build_loss()
+    trainer._all_ranks = dist.new_group(backend="gloo")
+    start = digest(network)
+    for _ in range(2):
+        trainer.train_step(next(trainer.dataloader_train))
+    return {"start": start, "end": digest(network), "compiled": isinstance(trainer.network.module, OptimizedModule)}
+
+
 def main(rank: int, folder: Path, names: list[str]) -> None:
     deformux.BASE_FEATURES = 8
     narrow_baselines(pytest.MonkeyPatch())
@@ -66,6 +101,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     # Only now: a trainer made in a process group would ask for a GPU.
     dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
     results = {name: two_steps(trainer) for name, trainer in trainers.items()}
+    results["falling back"] = falling_back(trainers[names[0]])
     dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(results))
 

@@ -78,3 +78,10 @@ def test_equal_weights_after_two_steps_on_different_batches(results, together, n
     assert one["end"] == other["end"]
     assert one["end"] != one["start"]
     assert one["single"] == other["single"] == [2, 3, 24, 24, 24]
+
+
+def test_all_ranks_fall_back_from_a_compiler_that_fails(results) -> None:
+    one, other = (result["falling back"] for result in results(FAST))
+    assert not one["compiled"]
+    assert not other["compiled"]
+    assert one["end"] == other["end"] != one["start"]

@@ -90,6 +90,9 @@ class Verdict:
     lasting: bool = True
 
 
+# Of a record on disk.
+_KEYS = {"fault", "date", "gpu", "driver", "torch", "triton", "nnunet-deform", *Trial.__annotations__}
+
 _verdicts: dict[Trial, Verdict] = {}
 _one_at_a_time = threading.Lock()
 
@@ -122,17 +125,23 @@ def warning(trial: Trial, decided: Verdict) -> str:
         f"WARNING: the triton backend of the deformable convolution {decided.fault} in its preflight "
         f"({trial.what}, on {machine(trial.device)['gpu']}); the torch backend computes it, slower. Please run "
         f"{SELFTEST} --device {device} -o report.json and attach report.json to an issue."
+        + ("" if decided.lasting else " NNUNET_DEFORM_BACKEND=triton uses it untried.")
     )
 
 
 def verdict(trial: Trial) -> Verdict:
     """The remembered verdict, or that of a trial made now, which takes up to ``LIMIT_S`` seconds."""
-    file = _file(trial)
-    remembered = _read(file)
-    if remembered is not None:
-        return Verdict(remembered["fault"])
+    known = recalled(trial)
+    if known is not None:
+        return known
     made = _try(trial)
-    return Verdict(_remember(file, trial, made.fault)) if made.lasting else made
+    return Verdict(_remember(_file(trial), trial, made.fault)) if made.lasting else made
+
+
+def recalled(trial: Trial) -> Verdict | None:
+    """The verdict that the disk remembers, None for none."""
+    record = _read(_file(trial))
+    return None if record is None else Verdict(record["fault"])
 
 
 def renewed(trial: Trial) -> Verdict:
@@ -229,7 +238,7 @@ def machine(device: str) -> dict[str, str]:
     kernels = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(_sources()))).hexdigest()[:8]
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else "Triton's interpreter",
-        "driver": _driver() if on_gpu else "none",
+        "driver": driver() if on_gpu else "none",
         "torch": torch.__version__,
         "triton": triton_.triton.__version__,
         "nnunet-deform": f"{__version__} (kernels {kernels})",
@@ -241,7 +250,7 @@ def _sources() -> Iterator[Path]:
     return Path(triton_.__file__).parent.glob("*.py")
 
 
-def _driver() -> str:
+def driver() -> str:
     with contextlib.suppress(OSError, IndexError):
         # On Linux: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 ...".
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
@@ -267,7 +276,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     """None where there is no such file, or none that is whole."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        return record if {"fault", "date", *Trial.__annotations__} <= record.keys() else None
+        return record if record.keys() >= _KEYS else None
     except (OSError, ValueError, AttributeError):
         return None
 

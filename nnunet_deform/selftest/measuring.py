@@ -1,4 +1,4 @@
-"""How all benchmarks beside this file measure: what they ran on, the fastest of interleaved rounds, peak memory."""
+"""How the self-test and all benchmarks measure: what they ran on, the fastest of interleaved rounds, peak memory."""
 
 import ctypes
 import datetime
@@ -50,6 +50,13 @@ def clock_of(device: str, threads: int) -> Callable[[], float]:
             return time.perf_counter()
 
         return after_all_kernels
+    if device == "mps":
+
+        def after_all_work() -> float:
+            torch.mps.synchronize()
+            return time.perf_counter()
+
+        return after_all_work
     return time.process_time if threads == 1 else time.perf_counter
 
 
