@@ -256,9 +256,8 @@ def selftest(
         console.print(_findings_table(group, [finding for finding in found if finding.group == group]))
     about = report["about"]
     machine = "; ".join(about.get("gpus", [])) or f"{about['processor']}, {report['threads']} of {about['cores']} cores"
-    console.print(
-        f"{machine}; torch {about['torch']}, Triton {about['triton']}, nnunet-deform {about['nnunet-deform']}"
-    )
+    versions = f"torch {about['torch']}, Triton {about['triton']}, nnunet-deform {about['nnunet-deform']}"
+    console.print(escape(f"{machine}; {versions}"))
     faults = [f for f in found if f.fault is not None]
     for finding in faults:
         where = f"{finding.group}, {finding.name}" + (f", {finding.column}" if finding.column else "")
@@ -285,16 +284,17 @@ def selftest(
 
 def _findings_table(group: str, found: list["Finding"]) -> Table:
     """One row for each name, with a tick, a cross or a dash in each column; or, where there are times, these."""
-    if rows := [(f.name, name, row) for f in found for name, row in f.figures.get("rows", {}).items()]:
-        table = Table(group, "", "forward", "+ backward", "times as fast", "extra memory", title_justify="left")
-        # The first of each shape.
-        composition = {name: row["forward_backward_ms"] for name, _, row in reversed(rows)}
-        for name, contender, row in rows:
-            memory = "-" if row["extra_memory"] is None else f"{row['extra_memory']:.1f} inputs"
-            milliseconds = (f"{row[key]:.2f} ms" for key in ("forward_ms", "forward_backward_ms"))
-            table.add_row(
-                name, contender, *milliseconds, f"{composition[name] / row['forward_backward_ms']:.1f}", memory
-            )
+    measured = [finding for finding in found if "rows" in finding.figures]
+    if measured:
+        table = Table(group, "forward", "+ backward", "times as fast", "extra memory")
+        for finding in measured:
+            table.add_row(f"[bold]{finding.name}[/bold]")
+            first, *_ = finding.figures["rows"].values()
+            for contender, row in finding.figures["rows"].items():
+                milliseconds = (f"{row[key]:.2f} ms" for key in ("forward_ms", "forward_backward_ms"))
+                ratio = first["forward_backward_ms"] / row["forward_backward_ms"]
+                memory = "-" if row["extra_memory"] is None else f"{row['extra_memory']:.1f} inputs"
+                table.add_row(contender, *milliseconds, f"{ratio:.1f}", memory)
         return table
     columns = list(dict.fromkeys(f.column for f in found))
     table = Table(Column(group, overflow="fold"), *columns)

@@ -47,8 +47,9 @@ class Outcome:
 def run_isolated(tasks: Sequence[Task], limit_s: float) -> Iterator[Outcome]:
     """The outcome of each task in turn, as soon as it is known.
 
-    They share a process. Where one ends it, or takes longer than ``limit_s``, the next ones get a new process. The
-    start of a process, some seconds, counts with its first task.
+    They share a process. After one that raises, ends the process or takes longer than ``limit_s`` the next ones get a
+    new process: what is left of CUDA after an illegal access fails at everything. The start of a process, some seconds,
+    counts with its first task.
     """
     done = 0
     while done < len(tasks):
@@ -89,7 +90,7 @@ class _Process:
         self._files.close()
 
     def outcomes(self, limit_s: float) -> Iterator[Outcome]:
-        """Up to the first task that the process does not survive."""
+        """Up to the first task that fails."""
         for _ in range(self._number):
             deadline = time.monotonic() + limit_s
             while (line := self._line()) is None:
@@ -105,7 +106,10 @@ class _Process:
             if line is None:
                 yield Outcome(error=self._epitaph(code))
                 return
-            yield Outcome(**json.loads(line))
+            outcome = Outcome(**json.loads(line))
+            yield outcome
+            if outcome.error is not None:
+                return
 
     def _line(self) -> str | None:
         """The next whole line of results, None where there is none yet."""
@@ -149,6 +153,8 @@ def _serve(text: str) -> None:
                 outcome = {"error": described(error)}
             results.write(json.dumps(outcome) + "\n")
             results.flush()
+            if "error" in outcome:
+                return
 
 
 def described(error: BaseException) -> str:

@@ -21,6 +21,12 @@ def test_results_and_errors_in_turn():
     assert second.error.startswith("ValueError: ")
 
 
+def test_after_an_error_there_is_a_new_process():
+    pid = Task("os:getpid")
+    first, second, _, third = run_isolated([pid, pid, Task("math:sqrt", [-1]), pid], 60)
+    assert first == second != third
+
+
 def test_a_crash_is_told_from_its_neighbours_and_the_rest_goes_on():
     tasks = [Task("os:getpid"), Task("os:kill", [0, 0]), Task("os:abort"), Task("os:getpid"), Task("os:_exit", [3])]
     before, harmless, crash, after, ended = run_isolated(tasks, 60)

@@ -1,5 +1,6 @@
 """A network that cannot be compiled is trained without torch.compile."""
 
+import contextlib
 import datetime
 import gc
 from collections.abc import Callable
@@ -33,7 +34,11 @@ class EagerFallback(nnUNetTrainer):
         self._compilation_failed = False
         self._succeeded: set[str] = set()
         super().initialize()
-        self._all_ranks = dist.new_group(backend="gloo") if self.is_ddp and _is_compiled(self.network) else None
+        self._all_ranks = None
+        if self.is_ddp and _is_compiled(self.network):
+            # Where gloo does not find its way a training is as it was without this class.
+            with contextlib.suppress(RuntimeError):
+                self._all_ranks = dist.new_group(backend="gloo")
 
     def _do_i_compile(self) -> bool:
         return not self._compilation_failed and super()._do_i_compile()
@@ -67,7 +72,7 @@ class EagerFallback(nnUNetTrainer):
         except (torch.OutOfMemoryError, FloatingPointError):
             raise
         except Exception as error:  # dynamo's, inductor's, Triton's, those of compilers ...
-            if self._all_ranks is not None and not self._all_failed():
+            if self.is_ddp and not self._all_failed():
                 raise
             failure = described(error)
         else:
@@ -87,6 +92,8 @@ class EagerFallback(nnUNetTrainer):
         return result
 
     def _all_failed(self) -> bool:
+        if self._all_ranks is None:
+            return False
         try:
             dist.monitored_barrier(self._all_ranks, timeout=_PATIENCE)
         except RuntimeError:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from nnunet_deform.layers import DeformConv
 from nnunet_deform.ops.backends import preflight, trial_due
@@ -34,6 +35,9 @@ class Preflight(nnUNetTrainer):
         for trial, verdict in decided:
             preflight.settle(replace(trial, device=str(self.device)), verdict)
         faults = [(trial, verdict) for trial, verdict in decided if verdict.fault is not None]
+        if faults:
+            # What torch.compile made of the network before, with the kernels in it, is on disk, and asks nobody.
+            functorch_config.enable_autograd_cache = False
         if faults and self.local_rank == 0:
             # One line: other variants of the kernels tell the same story.
             self.print_to_log_file(preflight.warning(*faults[0]))

@@ -150,6 +150,8 @@ def report(device: str, found: Sequence[Finding], seconds: float) -> dict[str, A
         "device": device,
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
+        # Of this process and those of the checks, whatever else the machine does.
+        "processor_seconds": round(sum(os.times()[:4]), 1),
         "passed": not any(finding.fault for finding in found),
         "findings": [
             {key: value for key, value in asdict(finding).items() if value not in (None, {})} for finding in found

@@ -64,6 +64,7 @@ def test_a_machine_that_is_well(run, tmp_path: Path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is True
     assert report["device"] == "cpu"
+    assert report["processor_seconds"] > 0
     assert {finding["name"] for finding in report["findings"]} == set(QUICK)
     assert not any("fault" in finding for finding in report["findings"])
     assert {"torch", "triton", "nnunetv2", "processor", "nnunet-deform", "python"} <= report["about"].keys()

@@ -175,6 +175,15 @@ def test_a_step_that_fails_by_itself_raises_its_own_error(started, monkeypatch, 
     assert "torch.compile failed" not in log_of(trainer)
 
 
+def test_a_rank_does_not_fall_back_alone(started) -> None:
+    """The others would wait for it for ever."""
+    trainer = started(nnUNetTrainerOurs, raises)
+    trainer.is_ddp = True
+    with pytest.raises(Exception, match="ptxas exited"):
+        trainer.train_step(trainer.batch)
+    assert isinstance(trainer.network, OptimizedModule)
+
+
 def test_our_networks_trainers_have_it() -> None:
     """Outside of the guard, which looks at each step it is given."""
     order = [base.__name__ for base in PlannedNetworkTrainer.__mro__]

@@ -4,6 +4,7 @@ The kernels are the real ones: without a GPU they raise when they are launched. 
 tests/ops/preflight_interpreted.py.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from forked import Forked
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._functorch import config as functorch_config
 
 from nnunet_deform import isolation
 from nnunet_deform.layers import DeformConv
@@ -26,7 +28,7 @@ needs_triton = pytest.mark.skipif(triton_.triton is None, reason="Triton is not 
 
 
 @pytest.fixture(autouse=True)
-def _a_machine_that_has_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _a_machine_that_has_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
     monkeypatch.setattr(triton_, "unable", lambda *tensors: None)
     monkeypatch.setattr(triton_, "_current_device", triton_.nullcontext)
@@ -35,6 +37,8 @@ def _a_machine_that_has_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(preflight, "_verdicts", {})
     monkeypatch.setattr(isolation, "Popen", Forked)
     monkeypatch.setattr(Forked, "started", 0)
+    with functorch_config.patch(enable_autograd_cache=True):
+        yield
 
 
 def log_of(trainer: nnUNetTrainer) -> list[str]:
@@ -62,6 +66,14 @@ def test_a_training_goes_on(make_trainer) -> None:
 
 def refused(trial: preflight.Trial) -> preflight.Verdict:
     return preflight.Verdict("was wrong")
+
+
+@pytest.mark.parametrize("fault", [None, "was wrong"])
+def test_a_compiled_network_of_before_is_not_taken_from_the_disk(make_trainer, monkeypatch, fault) -> None:
+    """It has the kernels in it. Where they work, it is."""
+    monkeypatch.setattr(preflight, "verdict", lambda trial: preflight.Verdict(fault))
+    make_trainer(find_trainer("nnUNetTrainerDeformUX_seed0"), **PLAN).initialize()
+    assert functorch_config.enable_autograd_cache == (fault is None)
 
 
 def test_a_stock_trainer_with_a_suffix_and_our_plan_does_the_same(make_trainer, monkeypatch) -> None:

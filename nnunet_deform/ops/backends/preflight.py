@@ -160,14 +160,15 @@ def _try(trial: Trial) -> Verdict:
     arguments = [asdict(trial)]
     # The first shows whether the process works and reaches the device, which says nothing about the kernels.
     tasks = [Task(f"{__name__}:_solve", arguments), Task(f"{__name__}:_compare", arguments)]
-    try:
-        outcomes = list(run_isolated(tasks, LIMIT_S))
-    except OSError as error:
-        return Verdict(f"could not be tried ({described(error)})", lasting=False)
-    for outcome, lasting in zip(outcomes, (False, True), strict=True):
-        if outcome.error is not None:
-            return Verdict(outcome.error if lasting else f"could not be tried ({outcome.error})", lasting)
-    return Verdict(**outcomes[1].result)
+    with contextlib.closing(run_isolated(tasks, LIMIT_S)) as outcomes:
+        try:
+            reached = next(outcomes)
+        except OSError as error:
+            return Verdict(f"could not be tried ({described(error)})", lasting=False)
+        if reached.error is not None:
+            return Verdict(f"could not be tried ({reached.error})", lasting=False)
+        compared = next(outcomes)
+    return Verdict(compared.error) if compared.error is not None else Verdict(**compared.result)
 
 
 def _solve(fields: dict[str, Any]) -> None:
@@ -187,8 +188,8 @@ def _compare(fields: dict[str, Any]) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         return asdict(Verdict(f"could not be tried ({described(error)})", lasting=False))
     except Exception as error:  # Triton's own, CUDA's, the compiler's ...
-        found = f"raised {described(error)}"
-    return asdict(Verdict(found if found is None or found.startswith("raised") else f"was wrong ({found})"))
+        return asdict(Verdict(f"raised {described(error)}"))
+    return asdict(Verdict(None if found is None else f"was wrong ({found})"))
 
 
 def _problem(trial: Trial) -> tuple[list[Tensor], Tensor, list[list[int]]]:
