@@ -28,10 +28,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from measuring import describe
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nnunet_deform.ops.backends import triton_
+from nnunet_deform.selftest.measuring import describe
 
 HERE = Path(__file__).parent
 COMPILER = HERE / "triton_compiler.py"

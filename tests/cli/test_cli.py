@@ -141,7 +141,7 @@ def test_status_says_what_the_preflight_remembers(run, pth, monkeypatch, tmp_pat
     assert "used, if it passes its preflight" in output
     assert "NVIDIA H200" not in output
 
-    trial = preflight.Trial("cpu", "float32", 3, 16, False)
+    trial = preflight.Trial("cpu", "float32", 3, 8, False)
     preflight._remember(preflight._file(trial), trial, fault)
     output = run("status").output
     assert any("NVIDIA H200" in line and (fault or "passed") in line for line in output.splitlines())

@@ -49,10 +49,9 @@ def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch):
 def test_what_a_trial_is_of(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NNUNET_DEFORM_BACKEND", raising=False)
     monkeypatch.setattr(triton_, "unable", lambda *tensors: None)
-    assert trial_due(*tensors()) == preflight.Trial("cpu", "float32", 2, 16, False)
-    assert trial_due(*tensors(channels=24)).channels == 20
-    assert trial_due(*tensors(groups=2)).channels == 20
-    assert trial_due(*tensors(groups=3)).channels == 16
+    assert trial_due(*tensors()) == preflight.Trial("cpu", "float32", 2, 8, False)
+    assert [trial_due(*tensors(channels=c)).block for c in (384, 20, 6, 5)] == [8, 4, 2, 1]
+    assert trial_due(*tensors(channels=24, groups=2)).block == 4
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert trial_due(*tensors()).deterministic
     monkeypatch.setenv("NNUNET_DEFORM_BACKEND", "torch")

@@ -30,7 +30,7 @@ def test_triton_has_a_column_and_a_preflight():
         case.title for case in CASES
     }
     trials = [check.name for check in checks if check.group == selftest.PREFLIGHT]
-    assert trials == ["float32, 3D, 16 channels", "float32, 2D, 16 channels"]
+    assert trials == ["float32, 3D, 8 channels at a time", "float32, 2D, 8 channels at a time"]
     assert not [check for check in checks if check.group == selftest.SPEED]
 
 

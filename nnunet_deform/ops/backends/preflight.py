@@ -35,8 +35,8 @@ logger = logging.getLogger("nnunet_deform.ops")
 LIMIT_S = 60.0
 SELFTEST = "nnunet-deform selftest"
 
-# Of the two variants of the kernels: programs of 16 channels that are all there, or not all.
-_WHOLE, _MASKED = 16, 20
+# Channels to try, by how many the kernels take at a time.
+_CHANNELS = {8: 48, 4: 20, 2: 6, 1: 5}
 
 # Both sides of the comparison round.
 _TIMES_TOLERANCE = 2
@@ -51,14 +51,14 @@ _INTERPRETED = {2: (1, (2, 3), (1, 2)), 3: (1, (1, 2, 3), (1, 1, 1))}
 class Trial:
     """What is tried: the kernels that are compiled for such tensors, on their device.
 
-    ``dtype`` is the name of the values' dtype; ``channels`` 16 or 20, for networks whose channels are multiples of 16,
-    and for others.
+    ``dtype`` is the name of the values' dtype; ``block`` how many channels the kernels take at a time: 8, 4, 2 or 1,
+    the largest that divides those of a deformable group.
     """
 
     device: str
     dtype: str
     axes: int
-    channels: int
+    block: int
     deterministic: bool
 
     @classmethod
@@ -69,14 +69,14 @@ class Trial:
             device=str(input.device),
             dtype=str(input.dtype).removeprefix("torch."),
             axes=axes,
-            channels=_WHOLE if int(input.shape[1]) // groups % _WHOLE == 0 else _MASKED,
+            block=next(block for block in _CHANNELS if int(input.shape[1]) // groups % block == 0),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
     @property
     def what(self) -> str:
         deterministic = ", deterministic" if self.deterministic else ""
-        return f"{self.dtype}, {self.axes}D, {self.channels} channels{deterministic}"
+        return f"{self.dtype}, {self.axes}D, {self.block} channels at a time{deterministic}"
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,9 @@ def _compare(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _problem(trial: Trial) -> tuple[list[Tensor], Tensor, list[list[int]]]:
     """Input, offset, weight and bias, the gradient of the output, and stride, padding and dilation."""
-    axes, channels = trial.axes, trial.channels
-    batch, size, kernel = (_PROBLEMS if trial.device.startswith("cuda") else _INTERPRETED)[axes]
+    axes, on_gpu = trial.axes, trial.device.startswith("cuda")
+    batch, size, kernel = (_PROBLEMS if on_gpu else _INTERPRETED)[axes]
+    channels = _CHANNELS[trial.block] if on_gpu else trial.block
     spatial = [[1] * axes, [1] * axes, [1] * axes]
     out_size = [s + 3 - k for s, k in zip(size, kernel, strict=True)]
     generator = torch.Generator().manual_seed(0)
