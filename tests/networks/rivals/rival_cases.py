@@ -4,21 +4,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_deform.networks.rivals import RIVALS
+from nnunet_deform.networks.rivals import RIVALS, cotr, segformer3d, transbts, unetrpp
 from nnunet_deform.plans.rivals import rival_architecture
 
-# Widths that cost nothing, with the published depths.
+# Widths that cost nothing.
 NARROW: dict[str, dict[str, Any]] = {
     "NnFormer": {"width": 16, "head_width": 8},
     "UNETRPlusPlus": {"widths": [8, 8, 16, 16]},
     "SegFormer3D": {"widths": [8, 8, 16, 16], "heads": [1, 2, 2, 4], "decoder_width": 16},
-    "UNesT_B": {"token_widths": [16, 32, 64], "heads": [2, 2, 4]},
-    "TransBTS": {"base_width": 8, "token_width": 32, "heads": 2, "mlp_width": 32, "layers": 2},
+    "UNesT_B": {"token_widths": [16, 32, 64], "heads": [2, 2, 4], "depths": [1, 1, 2]},
+    "TransBTS": {"base_width": 8, "token_width": 32, "heads": 2, "mlp_width": 32, "layers": 1},
     "CoTr": {"widths": [8, 12, 24], "heads": 6, "layers": 1},
 }
+# Numbers of equal blocks in a row that the constructors have no arguments for.
+SHALLOW = (
+    (unetrpp, "DEPTH", 1),
+    (segformer3d, "DEPTH", 1),
+    (transbts, "DEPTHS", (1,) * 4),
+    (cotr, "DEPTHS", (1, 2, 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,13 @@ class Plan:
         return rival_architecture(self.base, self.patch, network=name, **options)["arch_kwargs"]
 
     def network(self, name: str, inputs: int = 1, classes: int = 3, *, deep_supervision: bool = False) -> nn.Module:
-        """A narrow one."""
+        """A narrow and shallow one."""
         network = RIVALS[name.partition("_")[0]]
-        return network(inputs, classes, **self.arguments(name, **NARROW[name]), deep_supervision=deep_supervision)
+        arguments = self.arguments(name, **NARROW[name])
+        with pytest.MonkeyPatch.context() as patch:
+            for module, constant, value in SHALLOW:
+                patch.setattr(module, constant, value)
+            return network(inputs, classes, **arguments, deep_supervision=deep_supervision)
 
     def image(self, batch: int = 1, channels: int = 1) -> Tensor:
         return torch.randn(batch, channels, *self.patch)
