@@ -74,13 +74,13 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Distortion(Task):
-    """Discs in images of 32 x 72 pixels; ``needed``: the image is distorted."""
+    """Discs in images of 24 x 64 pixels; ``needed``: the image is distorted."""
 
     rate: float = 5e-3
     offset_rate: float = 10
     reach: int = 3
 
-    size = (32, 72)
+    size = (24, 64)
     largest_shift = 14.0
     discs = 4
     noise = 0.1

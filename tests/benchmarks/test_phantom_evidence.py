@@ -45,7 +45,7 @@ def test_the_twin_reaches_as_far_as_the_task_says(tasks, name) -> None:
     task = tasks.TASKS[name]
     twin = task.network(0, operator=False, norms=False)
     farthest = 0
-    for row, column in [(16, 30), (16, 31), (17, 30), (17, 31)]:
+    for row, column in [(12, 30), (12, 31), (13, 30), (13, 31)]:
         images = task.draw(1, generator()).images.requires_grad_()
         (gradient,) = torch.autograd.grad(twin(images)[0, :, row, column].square().sum(), images)
         rows, columns = torch.nonzero(gradient[0].abs().sum(0), as_tuple=True)
@@ -57,14 +57,14 @@ def test_a_distorted_disc_is_beyond_the_twins_reach(tasks) -> None:
     task = tasks.TASKS["distortion"]
     count, middle = 50, torch.tensor([task.size[0] / 2, task.size[1] / 2])
     shift = task.draw(count, generator()).cause
-    centres = (middle + torch.tensor([[0, 0], [8, 10]])).expand(count, -1, -1)
+    centres = (middle + torch.tensor([[0, 0], [6, 10]])).expand(count, -1, -1)
     radii = torch.full((count, 2), 4.0)
     noise = task.noise * torch.randn(shift.shape, generator=generator(1))
     two, one = (task.rendered(centres[:, :discs], radii[:, :discs], shift, noise) for discs in (2, 1))
     asked = (two.labels != one.labels)[:, 0]
     unseen = asked & ~nearby((two.images != one.images).any(1), task.reach)
-    # Four of ten pixels of the second disc have nothing of it in reach: their label changes, and nothing else there.
-    assert unseen.sum() > 0.4 * asked.sum()
+    # Half of the pixels of the second disc have nothing of it in reach: their label changes, and nothing there.
+    assert unseen.sum() > 0.5 * asked.sum()
     twin = task.network(0, operator=False, norms=False).eval()
     network = task.network(0, norms=False).eval()
     torch.nn.init.normal_(network.encoder.stages[0][0].branches[0][1].offset.weight, std=3, generator=generator())
