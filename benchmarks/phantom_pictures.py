@@ -1,8 +1,7 @@
 """The pictures of docs/evidence/phantoms.md: what is asked, what the arms answer, and what the operator does for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,29 +9,30 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from phantom_tasks import TASKS, Phantoms
-from phantom_training import held_out, predicted, trained
+from phantom_training import follows, held_out, predicted, trained
 from torch import Tensor
+
+from nnunet_deform.networks.observation import MixingWeights, Offsets
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 NAMES = {
-    "distortion": {"network": "DeformUX-Net", "twin": "its twin", "mutant": "offsets times zero"},
-    "contrast changes": {"network": "MAGIC", "twin": "its static twin", "mutant": "attention's mean"},
+    "distortion": {"network": "DeformUX-Net", "twin": "its twin"},
+    "contrast changes": {"network": "MAGIC", "twin": "its static twin"},
 }
 
 
-def draw_pictures(folder: Path, done: Mapping[tuple[str, str, int], Mapping[str, Any]], seeds: Sequence[int]) -> None:
-    """phantoms_distortion.png and phantoms_contrast.png, of networks of the first seed."""
+def draw_pictures(folder: Path, seeds: Mapping[str, int]) -> None:
+    """phantoms_distortion.png and phantoms_contrast.png, of the networks of one seed of each of the two tasks."""
     for name, draw in (("distortion", _distortion), ("contrast changes", _contrast)):
         task = TASKS[name]
-        networks = {arm: trained(task, arm, seeds[0]) for arm in NAMES[name]}
+        networks = {arm: trained(task, arm, seeds[name]) for arm in NAMES[name]}
         phantoms = held_out(task)
         answers = {arm: predicted(task, arm, network, phantoms.images) for arm, network in networks.items()}
         (observation,) = networks["network"].observe_operators(phantoms.images).values()
         figure = Figure(figsize=(11, 5.4), layout="constrained")
         FigureCanvasAgg(figure)
-        follows = [done[name, "network", seed]["operator"] for seed in seeds]
-        draw(figure, phantoms, answers, observation, follows)
+        draw(figure, phantoms, answers, observation)
         figure.savefig(folder / f"phantoms_{name.split()[0]}.png", dpi=80)
 
 
@@ -43,9 +43,7 @@ def _panel(axis: Axes, image: Tensor, title: str, limit: float, mask: Tensor | N
     axis.set(xticks=[], yticks=[], title=title)
 
 
-def _distortion(
-    figure: Figure, phantoms: Phantoms, answers: Mapping[str, Tensor], observation: Any, follows: Sequence[Any]
-) -> None:
+def _distortion(figure: Figure, phantoms: Phantoms, answers: Mapping[str, Tensor], observation: Offsets) -> None:
     image, shift, truth = phantoms.images[0, 0], phantoms.cause[0], phantoms.labels[0, 0]
     left, right = figure.subfigures(1, 2, width_ratios=(2.2, 1))
     axes = left.subplots(3, 2)
@@ -53,11 +51,11 @@ def _distortion(
     axes[0, 1].imshow(shift, cmap="coolwarm", interpolation="nearest")
     axes[0, 1].set(xticks=[], yticks=[], title="and by how much each row is shifted")
     _panel(axes[1, 0], image, "what is asked: the true discs", 1.4, truth)
-    for axis, (arm, answer) in zip([axes[1, 1], axes[2, 0]], list(answers.items())[:2], strict=True):
+    for axis, (arm, answer) in zip([axes[1, 1], axes[2, 0]], answers.items(), strict=True):
         _panel(axis, image, NAMES["distortion"][arm], 1.4, answer[0, 0])
     _panel(axes[2, 1], image, "where DeformUX-Net looks from pixels of the discs", 1.4)
     offsets = observation.values[0].numpy()
-    tap = int(np.argmax(follows[0]["follows"]))
+    tap = int(np.argmax(follows(observation.values, phantoms.cause)))
     rows, columns = np.nonzero(truth.numpy())
     chosen = np.flatnonzero((rows % 3 == 1) & (columns % 4 == 1))
     down, along = offsets[tap, 0], offsets[tap, 1]
@@ -83,9 +81,7 @@ def _distortion(
     axis.legend(frameon=False)
 
 
-def _contrast(
-    figure: Figure, phantoms: Phantoms, answers: Mapping[str, Tensor], observation: Any, follows: Sequence[Any]
-) -> None:
+def _contrast(figure: Figure, phantoms: Phantoms, answers: Mapping[str, Tensor], observation: MixingWeights) -> None:
     top, bottom = figure.subfigures(2, 1, height_ratios=(2.1, 1))
     axes = top.subplots(2, 4)
     for row, tube in zip(axes, (1, -1), strict=True):
@@ -94,7 +90,7 @@ def _contrast(
         kind = "bright" if tube == 1 else "dark"
         _panel(row[0], image, f"scan with a {kind} tube", 2.5)
         _panel(row[1], image, "what is asked", 2.5, phantoms.labels[scan, 0])
-        for axis, (arm, answer) in zip(row[2:], list(answers.items())[:2], strict=True):
+        for axis, (arm, answer) in zip(row[2:], answers.items(), strict=True):
             _panel(axis, image, NAMES["contrast changes"][arm], 2.5, answer[scan, 0])
     axis = bottom.subplots()
     shares = observation.shares().numpy()

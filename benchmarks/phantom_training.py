@@ -73,11 +73,18 @@ def dice_of(prediction: Tensor, labels: Tensor) -> list[float]:
     return (2 * (prediction * labels).sum(axes) / (prediction.sum(axes) + labels.sum(axes))).tolist()
 
 
+def follows(offsets: Tensor, shift: Tensor) -> list[float]:
+    """For each tap by how many pixels it moves along the rows for each pixel of shift, by least squares.
+
+    offsets: [n, taps, 2, height, width]; shift: [n, height, width]."""
+    along = (offsets[:, :, 1] * shift.unsqueeze(1)).sum((0, 2, 3)) / shift.square().sum()
+    return along.tolist()
+
+
 def observed(task: Task, network: nn.Module, phantoms: Phantoms) -> dict[str, Any]:
     """What the operator does with what it should find out; empty for a twin.
 
-    follows: for each tap of the deformable convolution, by how many pixels it moves along the rows for each pixel of
-    shift (least squares); across: mean distance that taps move across them; shares: of the kernels, mean over scans
+    follows: see above; across: mean distance that taps move across the rows; shares: of the kernels, mean over scans
     with a bright tube and over those with a dark one.
     """
     found = network.observe_operators(phantoms.images)
@@ -85,10 +92,8 @@ def observed(task: Task, network: nn.Module, phantoms: Phantoms) -> dict[str, An
         return {}
     (observation,) = found.values()
     if isinstance(task, Distortion):
-        shift = phantoms.cause.unsqueeze(1)
-        offsets = observation.values
-        along = (offsets[:, :, 1] * shift).sum((0, 2, 3)) / shift.square().sum()
-        return {"follows": along.tolist(), "across": float(offsets[:, :, 0].abs().mean())}
+        across = float(observation.values[:, :, 0].abs().mean())
+        return {"follows": follows(observation.values, phantoms.cause), "across": across}
     shares = observation.shares()
     return {"shares": [shares[phantoms.cause == tube].mean(0).tolist() for tube in (1, -1)]}
 
