@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import describe
 from phantom_pictures import NAMES, draw_pictures
 from phantom_tasks import TASKS
 from phantom_training import run
 
 from nnunet_deform.comparison.metrics import METRICS
 from nnunet_deform.comparison.verdicts import Contrast, Kind, Reason, Verdict, contrasts, hardly_learned, judge
+from nnunet_deform.selftest.measuring import describe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUT = REPOSITORY / "benchmarks" / "results" / "phantom_evidence.jsonl"
