@@ -81,3 +81,20 @@ def test_tokens_have_no_order_but_in_the_projection() -> None:
     with torch.no_grad():
         module.reduce_keys.weight.copy_(module.reduce_keys.weight[:, order])
     torch.testing.assert_close(module(x[:, order]), expected)
+
+
+def test_the_released_order_of_the_spatial_attention_is_a_permutation_of_ours() -> None:
+    """Released, x_s lies as (d, heads, N) and is read as (N, C): no token keeps its own channels."""
+    module = attention(16, 6, "brats")
+    with torch.no_grad():
+        module.projections.weight[32:48] = 0  # values of the channel attention
+        x = torch.randn(1, 6, 16)
+        q, k, _, v = (x[0] @ module.projections.weight.T).T.reshape(4, 4, 4, 6)
+        similarity = torch.einsum("hdn,hdp->hnp", q / q.norm(dim=2, keepdim=True), module.reduce_keys(k))
+        weights = (similarity * module.spatial_temperature).softmax(dim=2)
+        released = torch.einsum("hnp,hdp->dhn", weights, module.reduce_keys(v)).reshape(6, 16)
+        ours = module(x)[0]
+    token, head, channel = torch.meshgrid(torch.arange(6), torch.arange(4), torch.arange(4), indexing="ij")
+    order = ((channel * 4 + head) * 6 + token).reshape(6, 16)
+    torch.testing.assert_close(ours, released.flatten()[order], rtol=0, atol=1e-6)
+    assert not torch.allclose(ours, released, atol=1e-3)
