@@ -4,7 +4,8 @@
 
 For the patches that nnU-Net plans, each network in the place of its U-Net, one channel and three classes, float16
 autocast on fake CUDA tensors, so no GPU is needed, but a torch for CUDA, from 2.11 on. Kept bytes are of the tensors
-saved for the backward pass, of one sample; GB are the planner's for a step of batch 2 (3D) or 12 (2D).
+saved for the backward pass, of one sample: of the plain form, which compilers get and which the planner estimates, and
+of an eager training step, which computes cheap things again. GB are the planner's for a step of batch 2 (12 in 2D).
 """
 
 import sys
@@ -60,8 +61,8 @@ def main() -> None:
     if unable_to_follow_autocast() is not None:
         sys.exit(unable_to_follow_autocast())
     print(f"torch {torch.__version__}, {describe()['date']}")
-    print("| patch | network | levels | kept, estimated (MB) | kept, measured (MB) | error | GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| patch | network | levels | kept, estimated (MB) | kept, measured (MB) | error | kept, eager (MB) | GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for label, (patch, spacing, batch) in PATCHES.items():
         unet = planned_unet(patch, spacing)
         networks = {"PlainConvUNet": unet} | {
@@ -71,10 +72,12 @@ def main() -> None:
             arguments = (architecture, patch, CHANNELS, CLASSES)
             estimate = estimated_bytes(*arguments, mixed_precision=True)
             measured = kept_bytes(*arguments, mixed_precision=True)
+            eager = kept_bytes(*arguments, mixed_precision=True, eager=True)
             gigabytes = estimated_gigabytes(architecture, patch, batch, CHANNELS, CLASSES, mixed_precision=True)
             print(
                 f"| {label} | {name} | {len(architecture['arch_kwargs']['strides'])} | {estimate / 1e6:.0f} | "
-                f"{measured / 1e6:.0f} | {100 * (estimate / measured - 1):+.1f} % | {gigabytes:.1f} |",
+                f"{measured / 1e6:.0f} | {100 * (estimate / measured - 1):+.1f} % | {eager / 1e6:.0f} | "
+                f"{gigabytes:.1f} |",
                 flush=True,
             )
 

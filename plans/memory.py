@@ -1,6 +1,7 @@
 """How much memory training a plan takes, by nnU-Net's own yardstick."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from nnunet_deform.layers.recomputation import plain_forms
 from nnunet_deform.networks.memory import bytes_kept_on_cuda
 from nnunet_deform.plans.deformux import NETWORK as DEFORMUX
 from nnunet_deform.plans.lightmedseg import NETWORK as LIGHTMEDSEG
@@ -130,19 +132,22 @@ def kept_bytes(
     num_classes: int,
     *,
     mixed_precision: bool,
+    eager: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one sample on a CUDA device, measured as by :func:`bytes_kept_on_cuda`.
 
-    What does not grow with the batch, such as half-precision copies of the weights, is left out.
+    Of the plain form, which compilers get and which the estimates are for, or of an ``eager`` training step. What does
+    not grow with the batch, such as half-precision copies of the weights, is left out.
     """
-    one, two = (
-        bytes_kept_on_cuda(
-            lambda: _build(architecture, input_channels, num_classes),
-            (batch, input_channels, *patch_size),
-            mixed_precision=mixed_precision,
+    with nullcontext() if eager else plain_forms():
+        one, two = (
+            bytes_kept_on_cuda(
+                lambda: _build(architecture, input_channels, num_classes),
+                (batch, input_channels, *patch_size),
+                mixed_precision=mixed_precision,
+            )
+            for batch in (1, 2)
         )
-        for batch in (1, 2)
-    )
     return two - one
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_deform.ops import autocast_disabled, deform_conv2d, deform_conv3d
+from nnunet_deform.layers.recomputation import may_keep_less, recomputed
+from nnunet_deform.ops import autocast_disabled, deform_conv2d, deform_conv3d, steered_deform_conv
 
 OffsetAxes = Literal["auto", "all"] | Sequence[int]
 
@@ -88,7 +89,7 @@ class DeformConv(nn.Module):
                 branch_kernel,
                 padding=tuple(k // 2 for k in branch_kernel),
             )
-        # Channels of the offset tensor that autograd keeps for the operator.
+        # Channels of the offset tensor that the plain form keeps for the operator.
         self.offset_channels = self.ndim * self.taps if self.offset_axes else 0
         self.reset_parameters()
 
@@ -101,12 +102,31 @@ class DeformConv(nn.Module):
             self.offset.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, *spatial] -> [B, C, *spatial]."""
+        """[B, C, *spatial] -> [B, C, *spatial]. Training keeps the input, and computes the offsets again."""
         if self.offset is None:
             conv = F.conv2d if self.ndim == 2 else F.conv3d
             return conv(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        if may_keep_less(self):
+            return self._steered(x, None)
         op = deform_conv2d if self.ndim == 2 else deform_conv3d
         return op(x, self.offsets(x), self.weight, self.bias, padding=self.padding)
+
+    def behind(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """``forward(norm(x))`` in the form that keeps x alone, and makes the norm and the offsets again; for where
+        ``may_keep_less`` says so of the module that holds both."""
+        if self.offset is None:
+            return recomputed(lambda x: self(norm(x)), x)
+        return self._steered(x, norm)
+
+    def _steered(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """The convolution of norm(x), of which autograd keeps x."""
+
+        def prepared(x: Tensor) -> tuple[Tensor, Tensor]:
+            features = x if norm is None else norm(x)
+            return features, self.offsets(features)
+
+        parameters = [*self.offset.parameters(), *([] if norm is None else norm.parameters())]
+        return steered_deform_conv(prepared, x, self.weight, self.bias, padding=self.padding, parameters=parameters)
 
     def offsets(self, x: Tensor) -> Tensor:
         """Of a deformable layer, in voxels: [B, C, *spatial] -> [B, taps*ndim, *spatial], a tap's axes side by side."""

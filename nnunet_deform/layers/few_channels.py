@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_deform.layers.norm import GroupNorm
-from nnunet_deform.ops import compiled_on_cpu, few_channel_conv, opaque_group_norm, opaque_mixture, resample_linear
+from nnunet_deform.layers.recomputation import may_keep_less
+from nnunet_deform.ops import (
+    compiled_on_cpu,
+    few_channel_conv,
+    group_norm_silu,
+    opaque_group_norm,
+    opaque_mixture,
+    resample_linear,
+)
 
 NORM_GROUPS = 4
 
@@ -54,7 +62,7 @@ def pointwise_conv(ndim: int, in_channels: int, out_channels: int, *, bias: bool
 
 
 class NormAct(nn.Sequential):
-    """GroupNorm with four groups, then SiLU; [B, C, *spatial] -> the same."""
+    """GroupNorm with four groups, then SiLU; [B, C, *spatial] -> the same. A training step keeps its input alone."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(GroupNorm(NORM_GROUPS, channels), _SiLU())
@@ -63,6 +71,9 @@ class NormAct(nn.Sequential):
         if compiled_on_cpu(x):
             norm = self[0]
             return opaque_group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation="silu")
+        if may_keep_less(self):
+            norm = self[0]
+            return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return super().forward(x)
 
 

@@ -17,6 +17,7 @@ from nnunet_deform.layers.few_channels import (
     spatial_mean,
 )
 from nnunet_deform.layers.norm import GroupNorm
+from nnunet_deform.layers.recomputation import may_keep_less, recomputed
 from nnunet_deform.ops import (
     autocast_disabled,
     compiled_on_cpu,
@@ -145,7 +146,8 @@ class AnchorDetector(nn.Module):
 class LocalStructuralPrior(nn.Module):
     """Eqs. 2-5, the local structural prior module (LSPM).
 
-    [B, C, *spatial] -> a texture map in (0, 1), [B, 1, *spatial], and mixed features, [B, C, *spatial].
+    [B, C, *spatial] -> a texture map in (0, 1), [B, 1, *spatial], and mixed features, [B, C, *spatial]. Training keeps
+    its input alone and computes it again.
 
     Args:
         channels: C.
@@ -179,6 +181,9 @@ class LocalStructuralPrior(nn.Module):
         self.smoothing.bias.zero_()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return recomputed(self._outputs, x) if may_keep_less(self) else self._outputs(x)
+
+    def _outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         residue = (x - self.smoothing_norm(self.smoothing(x))).abs()
         texture = torch.sigmoid(self.texture(residue))
         return texture, mixture(self.weights(self.spatial_gate(x)), [expert(x) for expert in self.experts])

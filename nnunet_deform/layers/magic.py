@@ -51,7 +51,8 @@ from nnunet_deform.layers.dynamic import (
     mixed,
     require_choice,
 )
-from nnunet_deform.ops import ConvImpl, autocast_disabled, voxel_statistics
+from nnunet_deform.layers.recomputation import may_keep_less
+from nnunet_deform.ops import ConvImpl, autocast_disabled, mixed_conv, voxel_statistics
 
 Attention = Literal["magic", "dyconv", "condconv", "uniform"]
 AttentionNorm = Literal["none", "running", "layer"]
@@ -150,7 +151,7 @@ class MagicAttention(_TwoLayerAttention):
     def _fused(self, x: Tensor) -> Tensor:
         """The sum of the DRF branches, [B, C]."""
         mask = (None, None) if self.mask is None else (self.mask.weight[0], self.mask.bias)
-        statistics = voxel_statistics(x, *mask, with_peak=self.use_spatial)
+        statistics = voxel_statistics(x, *mask, with_peak=self.use_spatial, keep_maps=not may_keep_less())
         dtype = self.fusion[0].weight.dtype
         mean, peak, context = (s if s is None else s.to(dtype) for s in statistics)
         channels = x.shape[1]
@@ -369,7 +370,13 @@ class MagicConv(DynamicConv):
         return self._mixed(self.mixing_weights(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, *spatial] -> [B, C_out, *spatial']."""
+        """[B, C, *spatial] -> [B, C_out, *spatial']. A training step mixes the kernels again."""
+        if self.dynamic and may_keep_less(self):
+            shape = (self.n_kernels, self.out_channels)
+            kernels = self.weight.unflatten(0, shape)
+            biases = None if self.bias is None else self.bias.unflatten(0, shape)
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            return mixed_conv(x, self.mixing_weights(x), kernels, biases, *geometry, self.conv_impl)
         if self.dynamic:
             return super().forward(x)
         conv = F.conv2d if self.ndim == 2 else F.conv3d
@@ -387,8 +394,8 @@ class MagicConv(DynamicConv):
             return mixed(weights, self.weight), None if self.bias is None else mixed(weights, self.bias)
 
     def kept_by_autograd(self, size: Sequence[int]) -> int:
-        """Numbers kept for each sample of this size in training, beyond a static convolution's: the mixed kernels and
-        what the attention keeps."""
+        """Numbers that the plain form keeps of each sample of this size, beyond a static convolution's: the mixed
+        kernels and what the attention keeps."""
         kernels = self.weight.numel() // self.n_kernels
         return kernels + (self.attention.kept_per_voxel * math.prod(size) if self.dynamic else 0)
 

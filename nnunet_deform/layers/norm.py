@@ -131,6 +131,11 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     """``nn.InstanceNorm3d``, which compiles to fewer operations."""
 
 
+def is_plain_instance_norm(norm: nn.Module) -> bool:
+    """Whether a module is an instance norm and no more: no running statistics, no learned factors."""
+    return isinstance(norm, nn.modules.instancenorm._InstanceNorm) and not norm.track_running_stats and not norm.affine
+
+
 def normalized(norm: nn.Module, x: Tensor, activation: nn.Module, residual: Tensor | None = None) -> Tensor:
     """activation(norm(x) + residual), a residual of None being none."""
     known = isinstance(norm, _InstanceNorm) and not norm.track_running_stats and isinstance(activation, nn.LeakyReLU)

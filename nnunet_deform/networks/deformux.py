@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import ChannelLayerNorm, ConvStyle, DeformConv, ResidualBlock, UpBlock
 from nnunet_deform.layers.deform import OffsetAxes
+from nnunet_deform.layers.recomputation import may_keep_less, recomputed
 from nnunet_deform.networks.memory import STORED_PER_COUNTED
 from nnunet_deform.networks.observation import Offsets, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
@@ -124,8 +125,8 @@ class DeformUXBlock(nn.Module):
         else:
             branches = [nn.Sequential(conv, ChannelLayerNorm(channels), *mixing, *layer_scale())]
         self.branches = nn.ModuleList(branches)
-        # What autograd keeps for each voxel: the inputs of each norm and operator, in the scaling the hidden layer
-        # before and after the GELU, the branch before LayerScale, and the offsets.
+        # What the plain form keeps for each voxel: the inputs of each norm and operator, in the scaling the hidden
+        # layer before and after the GELU, the branch before LayerScale, and the offsets.
         maps = 2 * len(branches) + 2 * ratio * len(mixing)
         if block == "convnext":
             maps += len(mixing)
@@ -134,8 +135,20 @@ class DeformUXBlock(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         for branch in self.branches:
-            z = z + branch(z)
+            z = z + self._branch(branch, z)
         return z
+
+    def _branch(self, branch: nn.Sequential, z: Tensor) -> Tensor:
+        """branch(z). A training step keeps z, of "convnext" the convolution as well, and computes norms, offsets and
+        what the scaling holds again."""
+        if not may_keep_less(self):
+            return branch(z)
+        first, second = branch[:2]
+        if isinstance(second, DeformConv):
+            return branch[2:](second.behind(first, z))
+        if isinstance(first, DeformConv):
+            return recomputed(branch[1:], first(z))
+        return recomputed(branch, z)
 
 
 class DeformUXEncoder(nn.Module):
@@ -359,7 +372,8 @@ class DeformUXNet(nn.Module):
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements that training keeps for one sample of this spatial size, counted as nnU-Net counts its own networks:
-        the outputs of the convolutions, and other kept tensors at 1 / 1.85 of their elements."""
+        the outputs of the convolutions, and other kept tensors at 1 / 1.85 of their elements. In the plain form, which
+        compilers get."""
         voxels, size = [], list(input_size)
         for stride in self.strides:
             size = [math.ceil(s / step) for s, step in zip(size, stride, strict=True)]

@@ -67,11 +67,12 @@ from nnunet_deform.layers.few_channels import (
 )
 from nnunet_deform.layers.lightmed import ghost_or_standard
 from nnunet_deform.layers.norm import GroupNorm
+from nnunet_deform.layers.recomputation import may_keep_less, recomputed
 from nnunet_deform.networks.memory import STORED_PER_COUNTED, kept_by_autograd
 from nnunet_deform.networks.observation import Anchors, Observation, Routing, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
 from nnunet_deform.networks.topology import check_topology, crop_to_image, pad_to_levels
-from nnunet_deform.ops import CHANNELS_LAST, concatenate_channels
+from nnunet_deform.ops import CHANNELS_LAST, autocast_dtype, autocast_to, concatenate_channels, mixture_behind_norms
 
 LEAKY_RELU_SLOPE = 0.01
 DETECTOR_DEPTH = 3
@@ -97,7 +98,11 @@ class PlainPrior(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """Eqs. 6-10: [B, in, *spatial], anchors and the texture of any size, or none -> [B, out, *spatial]."""
+    """Eqs. 6-10: [B, in, *spatial], anchors and the texture of any size, or none -> [B, out, *spatial].
+
+    Training keeps these alone and computes the stage again: it is on coarser levels, and the fewest of its maps are
+    those of convolutions.
+    """
 
     def __init__(
         self, ghost: bool, in_channels: int, out_channels: int, kernel_size: Sequence[int], modulation: nn.Module | None
@@ -116,6 +121,11 @@ class EncoderStage(nn.Module):
         self.gate = SqueezeExcite(out_channels)
 
     def forward(self, h: Tensor, anchors: Tensor | None, texture: Tensor | None) -> Tensor:
+        return (
+            recomputed(self._output, h, anchors, texture) if may_keep_less(self) else self._output(h, anchors, texture)
+        )
+
+    def _output(self, h: Tensor, anchors: Tensor | None, texture: Tensor | None) -> Tensor:
         features = self.features(h)
         if isinstance(self.modulation, FiLM):
             features = self.modulation(features, anchors)
@@ -210,11 +220,14 @@ class SkipFusion(nn.Module):
         up = self.up(coarse)
         if self.position_bias is not None:
             up = self.position_bias(up, anchors)
+        if may_keep_less(self):
+            # Resampling leaves autocast's precision, and with it the concatenation would, to be kept in both.
+            skip = autocast_to(skip, autocast_dtype(skip.device.type))
         return self.recalibration(concatenate_channels(up, skip))
 
 
 class BranchMixture(nn.Module):
-    """Eqs. 17-21: [B, 2 * C, *spatial] -> [B, C, *spatial]."""
+    """Eqs. 17-21: [B, 2 * C, *spatial] -> [B, C, *spatial]. Training keeps what the branches' norms are given."""
 
     def __init__(self, ghost: bool, channels: int, kernel_size: Sequence[int]) -> None:
         super().__init__()
@@ -231,7 +244,16 @@ class BranchMixture(nn.Module):
         self.recalibration = SqueezeExcite(channels)
 
     def forward(self, fused: Tensor) -> Tensor:
-        return self.recalibration(mixture(self.selector(fused), (branch(fused) for branch in self.branches)))
+        logits = self.selector(fused)
+        if not may_keep_less(self):
+            return self.recalibration(mixture(logits, (branch(fused) for branch in self.branches)))
+        norms = [activation[0] for _, activation in self.branches]
+        mixed = mixture_behind_norms(
+            *(logits, [features(fused) for features, _ in self.branches]),
+            *([norm.weight for norm in norms], [norm.bias for norm in norms]),
+            *(NORM_GROUPS, [norm.eps for norm in norms]),
+        )
+        return self.recalibration(mixed)
 
 
 class LightMedDecoder(nn.Module):

@@ -8,17 +8,20 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nnunet_deform.layers.recomputation import plain_forms
+
 # What autograd keeps of nnU-Net's PlainConvUNet, in elements, for each element that nnU-Net's memory estimate counts.
 STORED_PER_COUNTED = 1.85
 
 
 def kept_by_autograd(network: nn.Module, input_shape: Sequence[int]) -> int:
-    """Elements of the tensors that autograd keeps of a forward pass, parameters left out.
+    """Elements of the tensors that autograd keeps of a forward pass in the plain form, parameters left out.
 
     The pass is made on the meta device, by a copy of the network, so it costs neither memory nor time.
     """
     network = copy.deepcopy(network).to("meta")
-    kept = _kept(network, torch.empty(tuple(input_shape), device="meta"))
+    with plain_forms():
+        kept = _kept(network, torch.empty(tuple(input_shape), device="meta"))
     return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in kept)
 
 

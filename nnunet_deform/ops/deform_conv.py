@@ -10,7 +10,7 @@ from typing import List, Tuple  # noqa: UP035
 import torch
 from torch import Tensor
 
-from nnunet_deform.ops.autocast import has_autocast
+from nnunet_deform.ops.autocast import autocast_dtype, autocast_to
 from nnunet_deform.ops.backends import choose_backend
 from nnunet_deform.ops.backends.triton_ import backward as triton_backward
 from nnunet_deform.ops.backends.triton_ import forward as triton_forward
@@ -87,19 +87,13 @@ def _deform_conv(
     stride = spatial_argument("stride", stride, ndim, 1)
     padding = spatial_argument("padding", padding, ndim, 0)
     dilation = spatial_argument("dilation", dilation, ndim, 1)
-    device = input.device.type
-    if has_autocast(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
-        bias = bias if bias is None else _autocast(bias, dtype)
-        offset = _autocast(offset, torch.float32)
+    dtype = autocast_dtype(input.device.type)
+    if dtype is not None:
+        input, weight = autocast_to(input, dtype), autocast_to(weight, dtype)
+        bias = bias if bias is None else autocast_to(bias, dtype)
+        offset = autocast_to(offset, torch.float32)
     check_deform_conv(input, offset, weight, bias, stride, padding, dilation)
     return torch.ops.nnunet_deform.deform_conv(input, offset, weight, bias, stride, padding, dilation)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch's autocast: float64 and integers stay what they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 # torch infers the operators' schemas from these. Up to 2.13 a triton_op has no other way to get one, and in 2.6 the

@@ -1,13 +1,14 @@
-"""GroupNorm with what stands around it, as one operation for compilers."""
+"""GroupNorm with what stands around it, as one operation for compilers, and as one that keeps its input alone."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
+from nnunet_deform.ops.autocast import autocast_dtype
 from nnunet_deform.ops.layouts import layout_of
 
 Activation = Literal["identity", "silu", "leaky_relu"]
@@ -34,6 +35,75 @@ def opaque_group_norm(
     """
     arguments = (input, num_groups, weight, bias, eps, residual, activation, negative_slope)
     return torch.ops.nnunet_deform.group_norm(*arguments)[0]
+
+
+def group_norm_silu(input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """silu(group_norm(x)), [B, C, *spatial] -> the same, in the input's layout and the dtype that torch's norm gives.
+
+    Autograd keeps the input and the groups' statistics, where torch's operations keep the norm's result as well, under
+    autocast both in float32. There is no second derivative.
+    """
+    return _GroupNormSilu.apply(input, weight, bias, num_groups, eps)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
+        output, mean, scale = normalized_silu(input, num_groups, weight, bias, eps)
+        ctx.save_for_backward(input, mean, scale, weight, bias)
+        return output.to(norm_dtype(input))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, mean, scale, weight, bias = ctx.saved_tensors
+        before = normalized_again(input, mean, scale, weight, bias)
+        return *normalized_silu_backward(grad, before, input, mean, scale, weight, ctx.needs_input_grad[:3]), None, None
+
+
+def norm_dtype(input: Tensor) -> torch.dtype:
+    """Of what torch's norms make of a tensor: float32 under autocast, everywhere but on a CPU."""
+    device = input.device.type
+    wide = device != "cpu" and autocast_dtype(device) is not None
+    return torch.promote_types(input.dtype, torch.float32) if wide else input.dtype
+
+
+def normalized_silu(
+    input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(group_norm(x)) in at least float32, and mean and 1 / standard deviation of each group, [B, groups]."""
+    output, mean, scale = _normalize(_wide(input), num_groups, _wide(weight), _wide(bias), eps)
+    return F.silu(output, inplace=True), mean, scale
+
+
+def normalized_again(input: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """group_norm(x) by the statistics of its groups, in at least float32."""
+    factor = scale.repeat_interleave(len(weight) // scale.shape[1], dim=1) * weight
+    shift = bias - mean.repeat_interleave(len(weight) // mean.shape[1], dim=1) * factor
+    per_channel = (*factor.shape, *[1] * (input.ndim - 2))
+    return torch.addcmul(shift.view(per_channel), input, factor.view(per_channel))
+
+
+def normalized_silu_backward(
+    grad: Tensor,
+    before: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias of silu(before), with before = group_norm(x); None where not needed."""
+    wide = _wide(input)
+    grad = torch.ops.aten.silu_backward(grad.to(wide.dtype).contiguous(memory_format=layout_of(input)), before)
+    shape, num_groups = input.shape, mean.shape[1]
+    gradients = torch.ops.aten.native_group_norm_backward(
+        grad, wide, mean, scale, _wide(weight), shape[0], shape[1], math.prod(shape[2:]), num_groups, list(needs)
+    )
+    return tuple(
+        None if gradient is None else gradient.to(like.dtype)
+        for gradient, like in zip(gradients, (input, weight, weight), strict=True)
+    )
 
 
 def _normalize(

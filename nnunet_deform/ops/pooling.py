@@ -11,7 +11,12 @@ _SLABS = 8
 
 
 def voxel_statistics(
-    input: Tensor, mask_weight: Tensor | None = None, mask_bias: Tensor | None = None, *, with_peak: bool = True
+    input: Tensor,
+    mask_weight: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    *,
+    with_peak: bool = True,
+    keep_maps: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     r"""The mean of each channel, the mean of the largest channel, and an attention-weighted mean of each channel.
 
@@ -28,16 +33,18 @@ def voxel_statistics(
         mask_weight: w, [C], or None to leave the context out.
         mask_bias: b, [1]; the softmax cancels it.
         with_peak: False leaves the peak out.
+        keep_maps: False makes the two numbers for each voxel, softmax and place of the largest channel, again in the
+            backward pass.
 
     Returns:
         mean [B, C], peak [B] or None, context [B, C] or None.
     """
-    return _VoxelStatistics.apply(input.flatten(2), mask_weight, mask_bias, with_peak)
+    return _VoxelStatistics.apply(input.flatten(2), mask_weight, mask_bias, with_peak, keep_maps)
 
 
 class _VoxelStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mask_weight, mask_bias, with_peak):
+    def forward(ctx, x, mask_weight, mask_bias, with_peak, keep_maps):
         with autocast_disabled(x.device.type):
             dtype = _accumulation_dtype(x)
             mean = x.mean(2, dtype=dtype)
@@ -46,24 +53,26 @@ class _VoxelStatistics(torch.autograd.Function):
                 largest, winner = x.max(1, keepdim=True)
                 peak = largest.mean((1, 2), dtype=dtype)
                 # 2 bytes for each voxel are kept instead of 8.
-                winner = winner.to(torch.int16)
+                winner = winner.to(torch.int16) if keep_maps else None
             if mask_weight is not None:
-                logits = _over_channels(x, mask_weight.to(dtype).expand(x.shape[0], -1)) + mask_bias
-                attention = logits.softmax(1)
+                attention = _attention(x, mask_weight, mask_bias)
                 context = _over_voxels(x, attention)
-        ctx.save_for_backward(x, mask_weight, winner, attention)
+        ctx.with_peak = with_peak
+        ctx.save_for_backward(x, mask_weight, mask_bias, winner, attention if keep_maps else None)
         return mean, peak, context
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_mean, grad_peak, grad_context):
-        x, mask_weight, winner, attention = ctx.saved_tensors
+        x, mask_weight, mask_bias, winner, attention = ctx.saved_tensors
         grad_weight = grad_bias = None
         voxels = x.shape[2]
         with autocast_disabled(x.device.type):
             # The gradient of x is a sum of outer products of a C-vector and a map: one matrix product.
             vectors, maps = [grad_mean / voxels], [torch.ones_like(x[:, 0], dtype=grad_mean.dtype)]
-            if attention is not None:
+            if mask_weight is not None:
+                if attention is None:
+                    attention = _attention(x, mask_weight, mask_bias)
                 grad_attention = _over_channels(x, grad_context)
                 inner = (attention * grad_attention).sum(1, keepdim=True)
                 grad_logits = attention * (grad_attention - inner)
@@ -74,10 +83,18 @@ class _VoxelStatistics(torch.autograd.Function):
             stacked = torch.stack(maps, 1)
             slabs = [torch.bmm(v, stacked).to(x.dtype) for v in torch.stack(vectors, 2).split(_slab(x), 1)]
             grad_x = slabs[0] if len(slabs) == 1 else torch.cat(slabs, 1)
-            if winner is not None:
+            if ctx.with_peak:
+                if winner is None:
+                    winner = x.max(1, keepdim=True).indices
                 share = (grad_peak / voxels).to(x.dtype).view(-1, 1, 1)
                 grad_x.scatter_add_(1, winner.long(), share.expand(winner.shape))
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _attention(x: Tensor, mask_weight: Tensor, mask_bias: Tensor) -> Tensor:
+    """softmax_v(w . x(v) + b), [B, N]."""
+    weight = mask_weight.to(_accumulation_dtype(x)).expand(x.shape[0], -1)
+    return (_over_channels(x, weight) + mask_bias).softmax(1)
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

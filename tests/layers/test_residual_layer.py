@@ -1,5 +1,9 @@
 """The residual and up blocks of skip encoders and decoder."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +113,69 @@ def test_conv_outputs_are_what_the_convolutions_put_out(channels: tuple[int, int
     counted.clear()
     residual(torch.zeros(1, channels[0], 3, 3))
     assert sum(counted) == 9 * residual.conv_outputs_per_voxel
+
+
+@pytest.mark.parametrize("channels", [(5, 5), (3, 5)], ids=["identity", "projection"])
+def test_training_keeps_the_input_half_of_the_activations_and_the_output(channels: tuple[int, int]):
+    block = ResidualBlock(paper_style(2), *channels, (3, 3))
+    x = torch.randn(1, channels[0], 6, 7)
+    assert kept_maps(block, x) == sorted([x.numel(), 5 * 42, 5 * 42])
+    up = UpBlock(paper_style(2), nn.ConvTranspose2d, 7, channels[0], (2, 2), (3, 3))
+    coarse, skip = torch.randn(1, 7, 3, 2), torch.randn(1, channels[0], 6, 4)
+    # The transposed convolution's input and result, the skip, activation and output; no concatenation.
+    assert kept_maps(up, coarse, skip) == sorted([coarse.numel(), *[skip.numel()] * 4])
+
+
+def kept_maps(module: nn.Module, *inputs: Tensor) -> list[int]:
+    """Elements of each feature map that autograd keeps."""
+    own = {parameter.data_ptr() for parameter in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.data_ptr(), tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(*inputs)
+    maps = sorted(tensor.numel() for key, tensor in kept.items() if key not in own and tensor.ndim > 1)
+    output.sum().backward()
+    return maps
+
+
+def reached(block: ResidualBlock) -> list[str]:
+    """The names of the parts that a forward pass calls."""
+    called: list[str] = []
+    for name, part in block.named_modules():
+        part.forward = record(name, part.forward, called)
+    block(torch.randn(2, 4, 6, 6))
+    return called
+
+
+def record(name: str, forward: Callable[..., Tensor], called: list[str]) -> Callable[..., Tensor]:
+    def recording(*inputs: Tensor) -> Tensor:
+        called.append(name)
+        return forward(*inputs)
+
+    return recording
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"conv_bias": True},
+        {"norm_op": nn.BatchNorm2d},
+        {"norm_op_kwargs": {"affine": True}},
+        {"norm_op_kwargs": {"track_running_stats": True}},
+        {"dropout_op": nn.Dropout2d, "dropout_op_kwargs": {"p": 0.5}},
+        {"nonlin": nn.ELU, "nonlin_kwargs": {}},
+        {"nonlin_kwargs": {"negative_slope": 0.0}},
+        {"norm_op": None},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_other_styles_than_the_papers_call_their_parts(other: dict[str, Any]):
+    assert "body.0" in reached(ResidualBlock(replace(paper_style(2), **other), 4, 5, (3, 3)))
+    assert reached(ResidualBlock(paper_style(2), 4, 5, (3, 3))) == [""]
 
 
 def test_style_is_used_throughout():

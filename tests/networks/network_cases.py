@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nnunet_deform.layers.recomputation import plain_forms
 from nnunet_deform.networks import NETWORKS
 
 CONV_OP = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -152,7 +153,7 @@ def parameter_count(module: nn.Module) -> int:
 
 @contextmanager
 def kept_by_autograd(module: nn.Module) -> Iterator[list[int]]:
-    """Collects the elements of each tensor, counted by its memory, that autograd keeps for the backward pass."""
+    """Collects the elements of each tensor, counted by its memory, that autograd keeps of the plain form."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     seen: dict[int, Tensor] = {}
     sizes: list[int] = []
@@ -167,7 +168,7 @@ def kept_by_autograd(module: nn.Module) -> Iterator[list[int]]:
             sizes.append(storage.nbytes() // tensor.element_size())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with plain_forms(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield sizes
 
 

@@ -101,6 +101,27 @@ def test_kept_per_voxel_is_what_autograd_keeps(ndim: int, options: dict[str, Any
     assert block.kept_per_voxel == pytest.approx(sum(kept) / math.prod(size), rel=0.03)
 
 
+@pytest.mark.parametrize(("options", "deformable"), FORMS)
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_autograd_keeps_the_input_of_each_branch(ndim: int, options: dict[str, Any], deformable: bool):
+    """Not the norms' results, the offsets or what the scaling holds. Of "convnext" the convolution's result as well,
+    and the first branch of "eq3" before its LayerScale."""
+    channels, size = 48, (6, 7, 6)[:ndim]
+    block = block_of(ndim, channels, options, deformable)
+    z = torch.randn(1, channels, *size).contiguous(memory_format=CHANNELS_LAST[ndim]).requires_grad_()
+    own = {parameter.data_ptr() for parameter in block.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(z)
+    maps = len(block.branches) + (options["block"] == "convnext" or options["layer_scale_init"] is not None)
+    assert sum(tensor.numel() for key, tensor in kept.items() if key not in own) == maps * z.numel()
+
+
 @pytest.mark.parametrize(
     ("options", "count"),
     [

@@ -27,6 +27,7 @@ from network_cases import (
     stir,
 )
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
@@ -353,3 +354,43 @@ def test_memory_estimate_is_near_what_autograd_keeps(name: str, plan: Plan):
     estimate = network.compute_conv_feature_map_size(plan.patch)
     assert isinstance(estimate, int)
     assert estimate == pytest.approx(sum(kept) / STORED_PER_COUNTED, rel=MEMORY_TOLERANCE[name])
+
+
+def hooked(network: nn.Module) -> nn.Module:
+    """A copy that calls each of its parts, because each has a hook: the form that keeps what its operations keep."""
+    network = copy.deepcopy(network)
+    for part in network.modules():
+        part.register_forward_hook(lambda *_: None)
+    return network
+
+
+@small_plans
+def test_a_training_step_is_that_of_the_form_that_keeps_more(name: str, plan: Plan):
+    network = stir(plan.network(name, deep_supervision=True).double())
+    plain = hooked(network)
+    images = [plan.image(batch=2, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    gradients = []
+    for form in (network, plain):
+        # Used twice before the backward pass, which is made twice.
+        losses = [sum(output.square().mean() for output in form(image)) for image in images]
+        parameters = [parameter for parameter in form.parameters() if parameter.requires_grad]
+        total = torch.stack(losses).sum()
+        torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+        gradients.append([total, *torch.autograd.grad(total, [*images, *parameters], allow_unused=True)])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_frozen_parameters_get_no_gradient_and_change_no_other(name: str):
+    network = stir(TWO_DIMENSIONAL.network(name, deep_supervision=True).double())
+    image = TWO_DIMENSIONAL.image(batch=2, dtype=torch.float64)
+    frozen = copy.deepcopy(network)
+    for index, parameter in enumerate(frozen.parameters()):
+        parameter.requires_grad_(parameter.requires_grad and index % 3 != 0)
+    for form in (network, frozen):
+        sum(output.square().mean() for output in form(image)).backward()
+    for one, other in zip(network.parameters(), frozen.parameters(), strict=True):
+        if other.requires_grad and one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-10, atol=1e-12)
+        else:
+            assert other.grad is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunet_deform.ops import dynamic_conv2d, dynamic_conv3d
+from nnunet_deform.ops import dynamic_conv2d, dynamic_conv3d, mixed_conv
 
 OPERATOR = {2: dynamic_conv2d, 3: dynamic_conv3d}
 
@@ -99,3 +99,41 @@ def test_compiles_as_one_graph(conv_impl: str):
 def test_bad_arguments_are_named(shapes, arguments, message):
     with pytest.raises(ValueError, match=message):
         dynamic_conv3d(*(torch.zeros(shape) for shape in shapes), **arguments)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("conv_impl", ["grouped", "loop"])
+@pytest.mark.parametrize(("size", "kernel", "channels", "batch", "stride", "padding", "dilation"), CASES)
+def test_mixed_kernels_are_made_again(size, kernel, channels, batch, stride, padding, dilation, conv_impl, with_bias):
+    c, o, groups = channels
+    shapes = [(batch, c, *size), (batch, 3), (3, o, c // groups, *kernel), *([(3, o)] if with_bias else [])]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, mixing, kernels = leaves[:3]
+    biases = leaves[3] if with_bias else None
+    weight = torch.einsum("bk,k...->b...", mixing, kernels)
+    expected = OPERATOR[len(size)](
+        *(x, weight, None if biases is None else mixing @ biases), stride, padding, dilation, groups, conv_impl
+    )
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = mixed_conv(x, mixing, kernels, biases, stride, padding, dilation, groups, conv_impl)
+    assert set(kept) <= {leaf.data_ptr() for leaf in leaves}
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    gradient = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, leaves, gradient)
+    for ours, other in zip(torch.autograd.grad(output, leaves, gradient), theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+@pytest.mark.parametrize("conv_impl", ["grouped", "loop"])
+def test_mixed_conv_gives_what_is_asked_for(conv_impl, frozen):
+    leaves = [torch.randn(shape, requires_grad=True) for shape in [(2, 4, 5, 5), (2, 3), (3, 6, 4, 3, 3), (3, 6)]]
+    leaves[frozen].requires_grad_(False)
+    mixed_conv(*leaves, (1, 1), (1, 1), (1, 1), conv_impl=conv_impl).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [index != frozen for index in range(4)]

@@ -88,16 +88,42 @@ def test_half_precision_accumulates_in_float32(dtype: torch.dtype, channels: int
 
 def test_autograd_keeps_the_input_and_two_numbers_for_each_voxel():
     x, weight, bias = (tensor.float().requires_grad_() for tensor in draw((8, 9, 10), channels=16))
+    given = [tensor.untyped_storage().data_ptr() for tensor in (x, weight, bias)]
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in (x.untyped_storage().data_ptr(), weight.data_ptr()):
+        if tensor.untyped_storage().data_ptr() not in given:
             kept.append(tensor.untyped_storage().nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         voxel_statistics(x, weight, bias)
     assert sorted(kept) == [2 * 720 * 2, 2 * 720 * 4]
+
+
+def test_autograd_keeps_the_input_alone_where_maps_are_made_again():
+    x, weight, bias = (tensor.float().requires_grad_() for tensor in draw((8, 9, 10), channels=16))
+    given = [tensor.untyped_storage().data_ptr() for tensor in (x, weight, bias)]
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        results = voxel_statistics(x, weight, bias, keep_maps=False)
+    assert kept == []
+    expected = voxel_statistics(x, weight, bias)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    gradients = [torch.randn_like(result) for result in results]
+    for ours, theirs in zip(
+        torch.autograd.grad(results, [x, weight, bias], gradients),
+        torch.autograd.grad(expected, [x, weight, bias], gradients),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from test_deformux_plan import isotropic, stock
 
+from nnunet_deform.layers.recomputation import plain_forms
 from nnunet_deform.networks.memory import unable_to_follow_autocast
 from nnunet_deform.plans import (
     deformux_architecture,
@@ -139,7 +140,7 @@ def test_what_is_measured_is_what_a_cpu_keeps(name):
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with plain_forms(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             network(torch.randn(batch, 1, *patch))
         return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
@@ -147,6 +148,24 @@ def test_what_is_measured_is_what_a_cpu_keeps(name):
     # The CPU's convolution of few channels, LightMedSeg's, keeps its input filled up with zeros.
     tolerance = 0.02 if name == "LightMedSeg" else 0.001
     assert measured == pytest.approx(kept_on_the_cpu(2) - kept_on_the_cpu(1), rel=tolerance)
+
+
+# Megabytes of one sample as an eager step keeps them, at most: what was measured, and a little more.
+@needs_autocast
+@pytest.mark.parametrize(
+    ("name", "patch", "most"),
+    [
+        ("DeformUXNet", (64, 64, 64), 275),
+        pytest.param("DeformUXNet", (128, 128, 128), 2200, marks=pytest.mark.slow),
+        ("LightMedSeg", (64, 64, 64), 79),
+        pytest.param("LightMedSeg", (128, 128, 128), 630, marks=pytest.mark.slow),
+        pytest.param("MagicPlainConvUNet", (128, 128, 128), 1791, marks=pytest.mark.slow),
+    ],
+)
+def test_eager_steps_keep_less(name, patch, most):
+    architecture = ARCHITECTURES[name](unet(patch, (1, 1, 1)), patch)
+    kept = kept_bytes(architecture, patch, 1, 3, mixed_precision=True, eager=True)
+    assert 0.9 * most < kept / 1e6 < most
 
 
 @needs_autocast
