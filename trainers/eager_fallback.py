@@ -30,8 +30,9 @@ class EagerFallback(nnUNetTrainer):
     fail, their error is raised.
     """
 
+    _compilation_failed = False
+
     def initialize(self) -> None:
-        self._compilation_failed = False
         self._succeeded: set[str] = set()
         super().initialize()
         self._all_ranks = None

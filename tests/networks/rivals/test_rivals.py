@@ -84,8 +84,8 @@ def test_what_autograd_keeps(monkeypatch, name, most) -> None:
         return RIVALS[name.partition("_")[0]](1, 4, **plan.arguments(name), deep_supervision=True)
 
     kept = bytes_kept_on_cuda(build, (1, 1, *plan.patch), mixed_precision=False) / 4e6
-    # A figure far below would be a measurement gone wrong.
-    assert 0.5 * most < kept < most + 0.5
+    # Residual blocks and fused attention keep less than the limit; far less would be a measurement gone wrong.
+    assert 0.4 * most < kept < most + 0.5
 
 
 @all_networks
