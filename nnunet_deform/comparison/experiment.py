@@ -119,6 +119,16 @@ class Dataset(_Strict):
             )
         return identifier
 
+    @field_validator("test", mode="before")
+    @classmethod
+    def _ensemble_or_trainings(cls, test: Any) -> Any:
+        if not isinstance(test, bool) and test != "trainings":
+            given = "this" if isinstance(test, list | dict | None) else repr(test)
+            raise SettingError(
+                ((), f"{given} is none of false, true (the ensemble of an arm's folds) and trainings (each by itself).")
+            )
+        return test
+
     @field_validator("tolerance", mode="before")
     @classmethod
     def _one_or_one_a_class(cls, tolerance: Any) -> Any:

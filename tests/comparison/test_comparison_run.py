@@ -26,6 +26,7 @@ from nnunet_deform.comparison.collect import CollectionError
 from nnunet_deform.comparison.experiment import ExperimentError
 from nnunet_deform.comparison.files import fingerprint, read_json
 from nnunet_deform.comparison.prepare import PreparationError
+from nnunet_deform.comparison.report.experiment import volume_readers
 from nnunet_deform.comparison.run import Comparison, RunError, format_seconds
 from nnunet_deform.comparison.splits import SplitError
 from nnunet_deform.comparison.trainings import (
@@ -68,6 +69,20 @@ ARMS = (
     ("DeformUX", "nnUNetTrainerDeformUX", "nnUNetPlans_batch2"),
     ("ResEnc", "nnUNetTrainer_AdamW", "nnUNetResEncUNetMPlans_batch2"),
 )
+
+
+def test_pictures_are_of_the_configurations_own_predictions(finished):
+    finished.change(
+        "  - {id: 7, batch_size: 2, splits: 3, patients: patients.csv, test: true}",
+        "  - {id: 7, batch_size: 2, splits: 3, patients: patients.csv, test: true}\n"
+        "  - {id: 7, configuration: 2d, batch_size: 2, splits: 3, patients: patients.csv}",
+    )
+    experiment, folders = _experiment(finished)
+    case = read_json(folders.preprocessed / NAME / "splits_final.json")[1]["val"][0]
+    readers = volume_readers(experiment, folders)
+    assert set(readers) == {(NAME, "3d_fullres"), (NAME, "2d")}
+    assert readers[NAME, "3d_fullres"]("stock", case).prediction.shape == (6, 12, 14)
+    assert readers[NAME, "2d"]("stock", case) is None  # nothing was trained there
 
 
 def test_a_whole_run_then_nothing_is_done_twice(undisturbed, monkeypatch):

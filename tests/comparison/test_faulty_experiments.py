@@ -78,6 +78,9 @@ FAULTS = {
     "unknown configuration": ("batch_size: 2", "configuration: 3d_fulres", 3, "make no configuration '3d_fulres'"),
     "unknown plans": ("nnUNetResEncUNetMPlans", "nnUNetPlanz", 7, "nnUNetPlanz.json does not exist; make these plans"),
     "class without a name": ("test: true", "tolerance: {front: 1, rear: 1}", 3, "it has the classes ['back', 'front']"),
+    "misspelt test": ("test: true", "test: training", 3, "datasets[0].test: 'training' is none of false, true"),
+    "number as test": ("test: true", "test: 3", 3, "datasets[0].test: 3 is none of false, true"),
+    "list as test": ("test: true", "test: [trainings]", 3, "datasets[0].test: this is none of false, true"),
     "tolerance below zero": ("test: true", "tolerance: -1", 3, "-1 is no tolerance; give millimetres"),
     "tolerance of words": (
         "test: true",

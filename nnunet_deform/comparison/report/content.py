@@ -26,21 +26,25 @@ class Volumes:
     spacing: tuple[float, float, float]
 
 
+ReadVolumes = Callable[[str, str], Volumes | None]
+"""Of an arm's out-of-fold prediction (the first argument) of a case (the second); None where a file is gone."""
+
+
 @dataclass(frozen=True)
 class DatasetContent:
     """What there is of one dataset beside its scores; parts that are empty are left out of the page.
 
     labels: value of each class, or values of each region, by name; ignore_label: the value that does not count;
     tolerances: of NSD in mm, by class; patients_mapped: whether cases were told which patient they are of;
-    volumes: of a case (the second argument) and an arm's out-of-fold prediction (the first), None where a file is gone;
-    costs, curves: by arm; operators: what they did; cautions: what a reader must know, one sentence each.
+    volumes: None without images; costs, curves: by arm; operators: what they did;
+    cautions: what a reader must know, one sentence each.
     """
 
     labels: Mapping[str, Region] = field(default_factory=dict)
     ignore_label: int | None = None
     tolerances: Mapping[str, float] = field(default_factory=dict)
     patients_mapped: bool = False
-    volumes: Callable[[str, str], Volumes | None] | None = None
+    volumes: ReadVolumes | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
     operators: Diagnostics | None = None

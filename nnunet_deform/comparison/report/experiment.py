@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -17,11 +17,9 @@ from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import read_json
 from nnunet_deform.comparison.findings import Findings
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset
-from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReportContent, Volumes
+from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReadVolumes, ReportContent, Volumes
 from nnunet_deform.comparison.report.pictures import read_volumes
 from nnunet_deform.comparison.trainings import Record, Training, list_trainings
-
-ReadVolumes = Callable[[str, str], Volumes | None]
 
 _NNUNETS_EPOCHS, _NNUNETS_ITERATIONS = 1000, 250
 
@@ -150,14 +148,16 @@ def volume_readers(experiment: Experiment, folders: Folders) -> dict[tuple[str, 
     Raises:
         PreparationError: a dataset is not found.
     """
-    trainings = [t for t in list_trainings(experiment, folders) if t.seed == experiment.seeds.first]
+    by_dataset: dict[tuple[str, str], dict[tuple[str, int], Training]] = {}
+    for training in list_trainings(experiment, folders):
+        if training.seed == experiment.seeds.first:
+            mine = by_dataset.setdefault((training.dataset, training.configuration), {})
+            mine[training.arm, training.fold] = training
     return {
-        (t.dataset, t.configuration): _reader_of_volumes(
-            find_dataset(experiment.dataset(t.dataset, t.configuration), folders),
-            {(one.arm, one.fold): one for one in trainings if one.dataset == t.dataset},
-            folders,
+        (name, configuration): _reader_of_volumes(
+            find_dataset(experiment.dataset(name, configuration), folders), trainings, folders
         )
-        for t in trainings
+        for (name, configuration), trainings in by_dataset.items()
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +15,7 @@ from nnunet_deform.comparison.analysis import analyse
 from nnunet_deform.comparison.collect import columns
 from nnunet_deform.comparison.curves import Curve, read_curve
 from nnunet_deform.comparison.files import fingerprint, read_json
-from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReportContent, Volumes
+from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReadVolumes, ReportContent, Volumes
 from nnunet_deform.comparison.report.pictures import read_volumes
 from nnunet_deform.comparison.results import Results, images_of
 from nnunet_deform.comparison.trainings import Training
@@ -120,7 +119,7 @@ def _other_dice(results: Results, table: pd.DataFrame) -> list[str]:
     return cautions
 
 
-def _reader_of_volumes(results: Results) -> Callable[[str, str], Volumes | None] | None:
+def _reader_of_volumes(results: Results) -> ReadVolumes | None:
     """Of each arm's first training that has the case; None without the images."""
     ending, reader = results.description.file_ending, results.description.reader
     images = images_of(results)
