@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from stock_prediction import assert_the_networks_logits, predictor_of
 
 from nnunet_deform.networks import DeformUXNet
 from nnunet_deform.networks.deformux import DepthwiseScaling, Mlp
@@ -268,17 +268,10 @@ def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, 
 def test_stock_prediction_finds_a_variant_and_gives_the_networks_logits(make_trainer) -> None:
     trainer = make_trainer(find_trainer("nnUNetTrainerDeformUX_AdamW_lr1.6e-2_1epochs1iters"))
     trainer.run_training()
-    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
-    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    predictor = predictor_of(trainer.output_folder_base, mirroring=False)
     image = torch.randn(1, 16, 16, 16)
     predicted = predictor.predict_logits_from_preprocessed_data(image)
-
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    with torch.no_grad():
-        expected = trainer.network(image[None])[0]
-    # The sliding window accumulates logits in half precision.
-    torch.testing.assert_close(predicted.float(), expected, atol=5e-3, rtol=2e-3)
+    assert_the_networks_logits(predicted, trainer, image[None])
 
 
 @pytest.mark.usefixtures("narrow")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from stock_prediction import assert_the_networks_logits, predictor_of
 from torch import nn
 
 from nnunet_deform import trainers
@@ -93,18 +93,12 @@ def test_former_names_build_the_same_and_keep_their_folders(make_trainer, name) 
 def test_a_training_is_predicted_with_by_stock_prediction(make_trainer, name) -> None:
     trainer = make_trainer(find_trainer(f"nnUNetTrainer{name}_AdamW_2epochs1iters"), **PLAN_2D)
     trainer.run_training()
-    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
-    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    predictor = predictor_of(trainer.output_folder_base, mirroring=False)
     image = torch.randn(1, 1, 32, 24)
     predicted = predictor.predict_logits_from_preprocessed_data(image)
     if name == "ODConv":
         # 0.2 epochs of annealing end before the second, and the temperature is saved.
         assert {float(conv.attention.temperature) for conv in predictor.network.dynamic_convs().values()} == {1}
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    with torch.no_grad():
-        expected = trainer.network(image)[0]
-    # The sliding window accumulates logits in half precision.
-    torch.testing.assert_close(predicted[:, 0].float(), expected, atol=5e-3, rtol=2e-3)
+    assert_the_networks_logits(predicted, trainer, image)
     (log,) = Path(trainer.output_folder).glob("training_log*")
     assert log.read_text().count("Operators on 2 validation patches: ") == 2

@@ -10,12 +10,12 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from phantoms import SCENARIOS, Scenario, use
+from stock_prediction import predictor_of
 
 from nnunet_deform import activation, trainers
 from nnunet_deform.plans.planners import PLANNERS
@@ -57,12 +57,6 @@ def train(name: str, configuration: str, fold: int, **options: bool) -> None:
 
 def model_folder(root: Path, name: str, configuration: str) -> Path:
     return root / "results" / DATASET / f"{name}__nnUNetPlans__{configuration}"
-
-
-def predictor_of(folder: Path, *, mirroring: bool = True) -> nnUNetPredictor:
-    predictor = nnUNetPredictor(use_mirroring=mirroring, use_gaussian=False, device=CPU, verbose=False)
-    predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
-    return predictor
 
 
 def predict(root: Path, folder: Path, output: Path, previous: Path | None = None) -> np.ndarray:

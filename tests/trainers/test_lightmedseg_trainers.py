@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from stock_prediction import assert_the_networks_logits, predictor_of
 
 from nnunet_deform.networks import LightMedSeg
 from nnunet_deform.trainers import nnUNetTrainerLightMedSeg, nnUNetTrainerLightMedSeg_paper
@@ -147,15 +147,8 @@ def test_a_few_steps_lower_the_papers_loss(make_trainer) -> None:
 def test_stock_prediction_gives_the_networks_logits(make_trainer, plan) -> None:
     trainer = make_trainer(find_trainer("nnUNetTrainerLightMedSeg_1epochs1iters"), **plan)
     trainer.run_training()
-    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
-    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    predictor = predictor_of(trainer.output_folder_base, mirroring=False)
     patch = plan["patch_size"]
     image = torch.randn(1, *([1] if len(patch) == 2 else []), *patch)
     predicted = predictor.predict_logits_from_preprocessed_data(image)
-
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    with torch.no_grad():
-        expected = trainer.network(image if len(patch) == 2 else image[None])[0]
-    # The sliding window accumulates logits in half precision.
-    torch.testing.assert_close(predicted.float().view_as(expected), expected, atol=5e-3, rtol=2e-3)
+    assert_the_networks_logits(predicted, trainer, image if len(patch) == 2 else image[None])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from stock_prediction import assert_the_networks_logits, predictor_of
 
 from nnunet_deform import trainers
 from nnunet_deform.layers import RunningNorm
@@ -138,17 +138,11 @@ def test_stock_prediction_gives_the_trained_networks_logits(make_trainer) -> Non
     trainer.run_training()
     # 0.2 epochs of annealing end before the second.
     assert first_conv(trainer.network).attention.temperature == 1
-    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
-    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    predictor = predictor_of(trainer.output_folder_base, mirroring=False)
     image = torch.randn(1, 16, 16, 16)
     predicted = predictor.predict_logits_from_preprocessed_data(image)
     assert first_conv(predictor.network).attention.temperature == 1
-    trainer.set_deep_supervision_enabled(False)
-    trainer.network.eval()
-    with torch.no_grad():
-        expected = trainer.network(image[None])[0]
-    # The sliding window accumulates logits in half precision.
-    torch.testing.assert_close(predicted.float(), expected, atol=5e-3, rtol=2e-3)
+    assert_the_networks_logits(predicted, trainer, image[None])
 
 
 def test_a_training_begun_without_the_standardisation_goes_on_without_it(make_trainer) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from phantoms import REGIONS, narrow_baselines
+from stock_prediction import assert_the_networks_logits, predictor_of
 from torch import Tensor
 
 from nnunet_deform.trainers import RIVALS
@@ -79,15 +79,10 @@ def test_a_step_a_validation_and_a_prediction(make_trainer, name, plan) -> None:
         assert np.isfinite(trainer.validation_step(next(trainer.dataloader_val))["loss"])
 
     trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
-    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
-    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,), "checkpoint_final.pth")
+    predictor = predictor_of(trainer.output_folder_base, mirroring=False)
     image = batch["data"][0]
     predicted = predictor.predict_logits_from_preprocessed_data(image if image.ndim == 4 else image[:, None])
-    trainer.set_deep_supervision_enabled(False)
-    with torch.no_grad():
-        expected = trainer.network(image[None])[0]
-    # The sliding window accumulates logits in half precision.
-    torch.testing.assert_close(predicted.float().view_as(expected), expected, atol=5e-3, rtol=2e-3)
+    assert_the_networks_logits(predicted, trainer, image[None])
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from stock_prediction import predictor_of
 
 from nnunet_deform import activation
 from nnunet_deform.plans import deformux
@@ -18,8 +18,7 @@ def test_a_model_of_an_earlier_version_predicts_the_same(monkeypatch, folder: Pa
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
     monkeypatch.setattr(deformux, "BASE_FEATURES", 4)
-    predictor = nnUNetPredictor(use_mirroring=False, use_gaussian=False, device=torch.device("cpu"), verbose=False)
-    predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
+    predictor = predictor_of(folder, mirroring=False)
     with np.load(folder / "prediction.npz") as saved:
         image, logits = (torch.from_numpy(saved[name]) for name in ("image", "logits"))
 
