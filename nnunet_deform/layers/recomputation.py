@@ -10,6 +10,14 @@ from torch import nn
 from torch.nn.modules import module as _module
 from torch.utils.checkpoint import checkpoint
 
+# torch.nn keeps one dictionary of each kind, from 2.6 on at least; they are filled in place.
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -38,7 +46,7 @@ def may_keep_less(*modules: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    if _module._has_any_global_hook():
+    if any(_GLOBAL_HOOKS):
         return True
     return any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks

@@ -17,6 +17,9 @@ HOOKS = [
     lambda module: module.register_full_backward_hook(nothing),
     lambda module: module.register_full_backward_pre_hook(nothing),
     lambda module: nn.modules.module.register_module_forward_hook(nothing),
+    lambda module: nn.modules.module.register_module_forward_pre_hook(nothing),
+    lambda module: nn.modules.module.register_module_full_backward_hook(nothing),
+    lambda module: nn.modules.module.register_module_full_backward_pre_hook(nothing),
 ]
 
 
