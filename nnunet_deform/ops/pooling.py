@@ -39,31 +39,35 @@ def voxel_statistics(
     Returns:
         mean [B, C], peak [B] or None, context [B, C] or None.
     """
-    return _VoxelStatistics.apply(input.flatten(2), mask_weight, mask_bias, with_peak, keep_maps)
+    with_context = mask_weight is not None
+    statistics = iter(_VoxelStatistics.apply(input.flatten(2), mask_weight, mask_bias, with_peak, keep_maps))
+    return next(statistics), next(statistics) if with_peak else None, next(statistics) if with_context else None
 
 
 class _VoxelStatistics(torch.autograd.Function):
+    """Mean, peak and context as far as they are asked for: torch 2.6 does not compile functions that return None."""
+
     @staticmethod
     def forward(ctx, x, mask_weight, mask_bias, with_peak, keep_maps):
         with autocast_disabled(x.device.type):
             dtype = _accumulation_dtype(x)
-            mean = x.mean(2, dtype=dtype)
-            peak = winner = context = attention = None
+            statistics = [x.mean(2, dtype=dtype)]
+            winner = attention = None
             if with_peak:
                 largest, winner = x.max(1, keepdim=True)
-                peak = largest.mean((1, 2), dtype=dtype)
+                statistics.append(largest.mean((1, 2), dtype=dtype))
                 # 2 bytes for each voxel are kept instead of 8.
                 winner = winner.to(torch.int16) if keep_maps else None
             if mask_weight is not None:
                 attention = _attention(x, mask_weight, mask_bias)
-                context = _over_voxels(x, attention)
+                statistics.append(_over_voxels(x, attention))
         ctx.with_peak = with_peak
         ctx.save_for_backward(x, mask_weight, mask_bias, winner, attention if keep_maps else None)
-        return mean, peak, context
+        return tuple(statistics)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mean, grad_peak, grad_context):
+    def backward(ctx, grad_mean, *grads):
         x, mask_weight, mask_bias, winner, attention = ctx.saved_tensors
         grad_weight = grad_bias = None
         voxels = x.shape[2]
@@ -71,6 +75,7 @@ class _VoxelStatistics(torch.autograd.Function):
             # The gradient of x is a sum of outer products of a C-vector and a map: one matrix product.
             vectors, maps = [grad_mean / voxels], [torch.ones_like(x[:, 0], dtype=grad_mean.dtype)]
             if mask_weight is not None:
+                grad_context = grads[-1]
                 if attention is None:
                     attention = _attention(x, mask_weight, mask_bias)
                 grad_attention = _over_channels(x, grad_context)
@@ -86,7 +91,7 @@ class _VoxelStatistics(torch.autograd.Function):
             if ctx.with_peak:
                 if winner is None:
                     winner = x.max(1, keepdim=True).indices
-                share = (grad_peak / voxels).to(x.dtype).view(-1, 1, 1)
+                share = (grads[0] / voxels).to(x.dtype).view(-1, 1, 1)
                 grad_x.scatter_add_(1, winner.long(), share.expand(winner.shape))
         return grad_x, grad_weight, grad_bias, None, None
 
