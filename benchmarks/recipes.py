@@ -126,7 +126,7 @@ def prepare(data: Path, work: Path) -> Path:
         (raw / "dataset.json").write_text(json.dumps({**about, "numTraining": sum(map(len, split.values()))}))
         # Planning takes the number of augmentation processes for a number of threads, so it must not be 0 here.
         subprocess.run(
-            ["nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "2d", "-np", "1", "-npfp", "1"],
+            ["nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "2d", "3d_fullres", "-np", "1", "1", "-npfp", "1"],
             env={**os.environ, **folders(partial), "nnUNet_n_proc_DA": "1"},
             stdout=sys.stderr,
             check=True,
@@ -153,24 +153,26 @@ def run(job: Job, prepared: Path) -> dict[str, Any]:
     return {**asdict(job), "trainer": job.trainer, **train(job.trainer, prepared)}
 
 
-def train(name: str, prepared: Path) -> dict[str, Any]:
+def train(name: str, prepared: Path, configuration: str = "2d", batch: int = BATCH) -> dict[str, Any]:
     """Train and validate: Dice of each validation case and class, the loss of the last steps, what the operators do
     in the end, seconds of CPU time.
 
     Args:
         name: of a trainer, its recipe, length and seed in it.
         prepared: from :func:`prepare`.
+        configuration: of the plan.
+        batch: samples of a step.
     """
     from nnunet_deform.networks.observation import EPOCHS_FILE, read_epochs
     from nnunet_deform.trainers.variants import find_trainer
 
     plans = json.loads((prepared / "preprocessed" / DATASET / "nnUNetPlans.json").read_text())
-    plans["configurations"]["2d"]["batch_size"] = BATCH
+    plans["configurations"][configuration]["batch_size"] = batch
     dataset_json = json.loads((prepared / "preprocessed" / DATASET / "dataset.json").read_text())
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as results, contextlib.redirect_stdout(io.StringIO()):
         os.environ.update(nnUNet_results=results)
-        trainer = find_trainer(name)({**plans, "continue_training": False}, "2d", 0, dataset_json, torch.device("cpu"))
+        trainer = find_trainer(name)({**plans, "continue_training": False}, configuration, 0, dataset_json, torch.device("cpu"))
         trainer.num_val_iterations_per_epoch = OBSERVED_BATCHES  # for the report on operators; nothing is decided by it
         trainer.disable_checkpointing = True
         train_step = trainer.train_step
@@ -201,7 +203,7 @@ def train(name: str, prepared: Path) -> dict[str, Any]:
 
 
 def validate(trainer: Any) -> dict[str, list[float]]:
-    """Dice of each foreground class over each validation case's volume, predicted slice by slice, not mirrored.
+    """Dice of each foreground class over each validation case's volume, predicted by the sliding window, not mirrored.
 
     In the preprocessed volumes, which have the images' own voxels: every case's spacing is the plan's.
     """

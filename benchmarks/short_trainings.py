@@ -1,13 +1,13 @@
-"""Dynamic convolutions in short trainings: are their kernels alive, and does it help that they depend on the sample?
+"""Short trainings that show what networks do: are dynamic kernels alive and is it of use; do the rivals learn?
 
-    python benchmarks/magic_modes.py [--arms modes|rivals] [--data FOLDER] [--work FOLDER] --rates RATE ...
-                                     [--seeds 0 1] [--steps 500] [--output FILE.jsonl]
+    python benchmarks/short_trainings.py --arms modes|dynamic|rivals --rates RATE ... [--seeds 0 1] [--steps 500]
+                                         [--data FOLDER] [--work FOLDER] [--output FILE.jsonl]
 
-"modes" are MAGIC's, and its static twin; "rivals" are MAGIC and what it is compared with, with InstanceNorm and with
-BatchNorm, in ten epochs instead of one, because temperatures fall from epoch to epoch. Data, split, recipe, length and
-score are those of ``benchmarks/recipes.py``; what came out is in docs/recipes.md. What networks share, but nnU-Net's
-own two, starts from the same weights at a seed. Each training is one line of the output, and a line that is there is
-not trained again.
+"modes" are MAGIC's, and its static twin; "dynamic" are MAGIC and what it is compared with, with InstanceNorm and with
+BatchNorm, in ten epochs instead of one, because temperatures fall from epoch to epoch; "rivals" are the networks of the
+papers' tables, in 3D. Data, split, recipe and score are those of ``benchmarks/recipes.py``; what came out is in
+docs/recipes.md. What networks share, but nnU-Net's own two, starts from the same weights at a seed. Each training is one
+line of the output, and a line that is there is not trained again.
 """
 
 import argparse
@@ -15,17 +15,18 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from recipes import DATASET, DEFAULT_DATA, REPOSITORY, WORK, folders, prepare, spelled, train
+from recipes import BATCH, DATASET, DEFAULT_DATA, REPOSITORY, WORK, folders, prepare, spelled, train
 
 from nnunet_deform.selftest.measuring import describe
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
-_RIVALS = {
+_DYNAMIC = {
     "MAGIC's static twin": "nnUNetTrainerMAGIC_static",
     "MAGIC": "nnUNetTrainerMAGIC",
     "DYConv": "nnUNetTrainerDYConv",
@@ -40,17 +41,40 @@ MODES = {
     "letter of the released code": "nnUNetTrainerMAGIC_released",
     "ours": "nnUNetTrainerMAGIC",
 }
-RIVALS = {
+DYNAMIC = {
     "stock": "nnUNetTrainer",
-    **_RIVALS,
+    **_DYNAMIC,
     "ODConv, attention_norm layer": "nnUNetTrainerODConv_layer",
     "stock, BatchNorm": "nnUNetTrainerBN",
-    **{f"{arm}, BatchNorm": f"{base}_BN" for arm, base in _RIVALS.items()},
+    **{f"{arm}, BatchNorm": f"{base}_BN" for arm, base in _DYNAMIC.items()},
 }
-# Trainers by arm, epochs, and where their results are.
+RIVALS = {
+    "stock": "nnUNetTrainer",
+    "nnFormer": "nnUNetTrainerNnFormer",
+    "nnFormer, width 96": "nnUNetTrainerNnFormer_96",
+    "UNETR++": "nnUNetTrainerUNETRPP",
+    "SegFormer3D": "nnUNetTrainerSegFormer3D",
+    "UNesT-B": "nnUNetTrainerUNesT_B",
+    "UNesT-L": "nnUNetTrainerUNesT_L",
+    "TransBTS": "nnUNetTrainerTransBTS",
+}
+
+
+@dataclass(frozen=True)
+class Arms:
+    """What is trained side by side, how, and where the results are."""
+
+    trainers: dict[str, str]
+    file: Path
+    epochs: int = 1
+    configuration: str = "2d"
+    batch: int = BATCH
+
+
 ARMS = {
-    "modes": (MODES, 1, RESULTS / "magic_modes.jsonl"),
-    "rivals": (RIVALS, 10, RESULTS / "dynamic_rivals.jsonl"),
+    "modes": Arms(MODES, RESULTS / "magic_modes.jsonl"),
+    "dynamic": Arms(DYNAMIC, RESULTS / "dynamic_rivals.jsonl", epochs=10),
+    "rivals": Arms(RIVALS, RESULTS / "rivals.jsonl", configuration="3d_fullres", batch=2),
 }
 
 
@@ -101,7 +125,7 @@ def full_name(base: str, rate: float, seed: int, length: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", choices=ARMS, default="modes")
+    parser.add_argument("--arms", choices=ARMS, required=True)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"the folder that holds {DATASET}")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--rates", nargs="+", type=float, required=True)
@@ -109,28 +133,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--output", type=Path, help="by default a file in benchmarks/results for each --arms")
     options = parser.parse_args(argv)
-    arms, epochs, of_arms = ARMS[options.arms]
-    if options.steps % epochs:
-        parser.error(f"--steps {options.steps} must be a multiple of {epochs} epochs")
-    length = f"{epochs}epochs{options.steps // epochs}iters"
-    file = options.output or of_arms
+    arms = ARMS[options.arms]
+    if options.steps % arms.epochs:
+        parser.error(f"--steps {options.steps} must be a multiple of {arms.epochs} epochs")
+    length = f"{arms.epochs}epochs{options.steps // arms.epochs}iters"
+    file = options.output or arms.file
 
     torch.set_num_threads(1)
     prepared = prepare(options.data, options.work)
     os.environ.update(folders(prepared), nnUNet_n_proc_DA="0", nnUNet_compile="f")
     for rate in options.rates:
         for seed in options.seeds:
-            for base in arms.values():
+            for base in arms.trainers.values():
                 name = full_name(base, rate, seed, length)
                 if name in read(file):
                     continue
-                result = {"trainer": name, **train(name, prepared), "about": describe()}
+                result = {"trainer": name, **train(name, prepared, arms.configuration, arms.batch), "about": describe()}
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with open(file, "a") as output:
                     output.write(json.dumps(result) + "\n")
                 outcome = result.get("stopped") or f"Dice {result['dice']:.4f}, loss {result['loss']:.3f}"
                 print(f"{name}: {outcome}", file=sys.stderr, flush=True)
-    print(table(arms, read(file), options.rates, options.seeds, length))
+    print(table(arms.trainers, read(file), options.rates, options.seeds, length))
 
 
 if __name__ == "__main__":
