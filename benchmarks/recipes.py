@@ -172,7 +172,8 @@ def train(name: str, prepared: Path, configuration: str = "2d", batch: int = BAT
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as results, contextlib.redirect_stdout(io.StringIO()):
         os.environ.update(nnUNet_results=results)
-        trainer = find_trainer(name)({**plans, "continue_training": False}, configuration, 0, dataset_json, torch.device("cpu"))
+        plans["continue_training"] = False
+        trainer = find_trainer(name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
         trainer.num_val_iterations_per_epoch = OBSERVED_BATCHES  # for the report on operators; nothing is decided by it
         trainer.disable_checkpointing = True
         train_step = trainer.train_step

@@ -1,13 +1,14 @@
-"""Short trainings that show what networks do: are dynamic kernels alive and is it of use; do the rivals learn?
+"""Short trainings: are dynamic kernels alive and of use, do the rivals learn, how long does a light network need?
 
-    python benchmarks/short_trainings.py --arms modes|dynamic|rivals --rates RATE ... [--seeds 0 1] [--steps 500]
-                                         [--data FOLDER] [--work FOLDER] [--output FILE.jsonl]
+    python benchmarks/short_trainings.py --arms modes|dynamic|rivals|light --rates RATE ... [--seeds 0 1]
+                                         [--steps 500] [--data FOLDER] [--work FOLDER] [--output FILE.jsonl]
 
 "modes" are MAGIC's, and its static twin; "dynamic" are MAGIC and what it is compared with, with InstanceNorm and with
 BatchNorm, in ten epochs instead of one, because temperatures fall from epoch to epoch; "rivals" are the networks of the
-papers' tables, in 3D. Data, split, recipe and score are those of ``benchmarks/recipes.py``; what came out is in
-docs/recipes.md. What networks share, but nnU-Net's own two, starts from the same weights at a seed. Each training is one
-line of the output, and a line that is there is not trained again.
+papers' tables, in 3D; "light" is LightMedSeg, for which --steps asks what is missing. Data, split, recipe and score are
+those of ``benchmarks/recipes.py``; what came out is in docs/recipes.md. What networks share, but nnU-Net's own two,
+starts from the same weights at a seed. Each training is one line of the output, and a line that is there is not trained
+again.
 """
 
 import argparse
@@ -58,6 +59,7 @@ RIVALS = {
     "UNesT-L": "nnUNetTrainerUNesT_L",
     "TransBTS": "nnUNetTrainerTransBTS",
 }
+LIGHT = {"LightMedSeg": "nnUNetTrainerLightMedSeg", "LightMedSeg, width 16": "nnUNetTrainerLightMedSeg_w2"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ ARMS = {
     "modes": Arms(MODES, RESULTS / "magic_modes.jsonl"),
     "dynamic": Arms(DYNAMIC, RESULTS / "dynamic_rivals.jsonl", epochs=10),
     "rivals": Arms(RIVALS, RESULTS / "rivals.jsonl", configuration="3d_fullres", batch=2),
+    "light": Arms(LIGHT, RESULTS / "light_budget.jsonl"),
 }
 
 
