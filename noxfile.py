@@ -52,7 +52,7 @@ print(json.dumps({"python": platform.python_version(), **{n: version(n) for n in
 
 
 @nox.session(python=PYTHON_FOR_TORCH)
-@nox.parametrize("torch", TORCHES)
+@nox.parametrize("torch", TORCHES, ids=TORCHES)
 def torch(session: nox.Session, torch: str) -> None:
     """The quick selection with one torch."""
     _install(session, torch)
@@ -67,7 +67,7 @@ def python(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON_FOR_TORCH)
-@nox.parametrize("torch", (TORCHES[0], TORCHES[-1]))
+@nox.parametrize("torch", (TORCHES[0], TORCHES[-1]), ids=(TORCHES[0], TORCHES[-1]))
 def compile(session: nox.Session, torch: str) -> None:
     """Operators and networks compiled by inductor on a CPU, forward and backward."""
     _install(session, torch)

@@ -1,10 +1,15 @@
-"""Builds the optional C++ kernel; everything else about the package is in pyproject.toml.
+"""Builds the optional C++ kernel, and says where the project lives; the rest about the package is in pyproject.toml.
 
 The kernel is a plain C library, loaded with ctypes: it is named without Python's version, and a wheel with it serves
 every Python 3. Without a compiler the installation succeeds, and the package says that it has no C++ kernel.
+
+The repository's address is written nowhere: GitHub Actions, which build what is published, state it, and it becomes the
+project's links on the index and the start of the README's relative links, which would lead nowhere there.
 """
 
+import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -96,4 +101,41 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=[KERNEL], cmdclass={"build_ext": BuildKernel, "bdist_wheel": AnyPythonWheel})
+def repository() -> str | None:
+    """The address of the repository whose workflow builds this."""
+    server, name = os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY")
+    return f"{server}/{name}" if server and name else None
+
+
+def project_urls(address: str) -> dict[str, str]:
+    return {
+        "Repository": address,
+        "Documentation": f"{address}/tree/main/docs",
+        "Changelog": f"{address}/blob/main/CHANGELOG.md",
+        "Issues": f"{address}/issues",
+    }
+
+
+def with_absolute_links(text: str, address: str, ref: str) -> str:
+    """Markdown whose relative links and images lead into the repository at a tag or branch."""
+
+    def absolute(match: re.Match) -> str:
+        start, target = match.groups()
+        kind = "raw" if re.search(r"\.(png|jpe?g|gif|svg)$", target) else "blob"
+        return f"{start}{address}/{kind}/{ref}/{target}"
+
+    relative = r"(?!#|[a-z]+:)([^)\s\"]+)"
+    return re.sub(rf"(\]\(|(?:src|href)=\"){relative}", absolute, text)
+
+
+readme = Path("README.md").read_text(encoding="utf-8")
+address = repository()
+if address is not None:
+    readme = with_absolute_links(readme, address, os.environ.get("GITHUB_REF_NAME", "main"))
+setup(
+    ext_modules=[KERNEL],
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": AnyPythonWheel},
+    long_description=readme,
+    long_description_content_type="text/markdown",
+    project_urls={} if address is None else project_urls(address),
+)
