@@ -4,8 +4,8 @@
 
 Wheels: a tag that the index takes, the C++ kernel, which loads here if the wheel is for this machine, no second
 libgomp. Source distribution: what is needed to build, to test and to read. Both: the tag's version, the project's
-links, a README without relative links. Every fault is one line; the exit code is 1 if there are any. Needs only the standard
-library, so that it runs beside a build in any environment.
+links, a README without relative links. Every fault is one line; the exit code is 1 if there are any. Needs only the
+standard library, so that it runs beside a build in any environment.
 """
 
 import argparse
