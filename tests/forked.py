@@ -1,9 +1,9 @@
-"""Processes of :mod:`nnunet_deform.isolation` that need not import torch first."""
+"""Processes of :mod:`nnunet_deform.processes.isolation` that need not import torch first."""
 
 import faulthandler
 import os
 
-from nnunet_deform import isolation
+from nnunet_deform.processes import isolation
 
 
 class Forked:

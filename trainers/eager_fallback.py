@@ -12,7 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_deform.isolation import described
+from nnunet_deform.processes.isolation import described
 from nnunet_deform.trainers.wrapping import unwrapped
 
 # For the other ranks to fail as well; they compile the same network at the same time.

@@ -87,12 +87,12 @@ def check_experiment(source: ExperimentFile, folders: Folders, *, trains_here: b
     Raises:
         ExperimentError: everything that is wrong, one line for each fault.
     """
-    from nnunet_deform import diagnosis  # imports every trainer, which jobs that do not check need not wait for
+    from nnunet_deform.diagnosis import lookup  # imports every trainer, which jobs that do not check need not wait for
 
     experiment, faults = source.experiment, _Faults(source)
     datasets = find_datasets(source, folders)
     for number, arm in enumerate(experiment.arms):
-        problem = diagnosis.variant_problem(arm.trainer, experiment.trainer_name(arm, experiment.seeds.first))
+        problem = lookup.variant_problem(arm.trainer, experiment.trainer_name(arm, experiment.seeds.first))
         if problem is not None:
             faults.add(("arms", number, "trainer"), problem)
     if trains_here and (problem := _device_problem(experiment.device)) is not None:

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from nnunet_deform import activation
-from nnunet_deform.commands import Interrupts, describe_exit, last_lines, run_command
 from nnunet_deform.comparison.archive import is_archive, read_archive, write_archive
 from nnunet_deform.comparison.check import check_experiment, find_datasets
 from nnunet_deform.comparison.collect import (
@@ -49,6 +48,7 @@ from nnunet_deform.comparison.trainings import (
     refuse_other_origin,
     refuse_other_versions,
 )
+from nnunet_deform.processes.commands import Interrupts, describe_exit, last_lines, run_command
 
 try:
     import fcntl

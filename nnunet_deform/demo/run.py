@@ -27,9 +27,16 @@ from rich.table import Table
 from rich.text import Text
 
 from nnunet_deform import activation
-from nnunet_deform.commands import CommandError, Interrupts, describe_exit, find_command, last_lines, run_command
 from nnunet_deform.demo.figure import save_figure
 from nnunet_deform.demo.phantom import DATASET_NAME, LABELS, LARGEST_ORGANS, write_phantom_dataset
+from nnunet_deform.processes.commands import (
+    CommandError,
+    Interrupts,
+    describe_exit,
+    find_command,
+    last_lines,
+    run_command,
+)
 
 REQUIRED_DICE = 0.6
 

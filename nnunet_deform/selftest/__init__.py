@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from nnunet_deform import __version__
-from nnunet_deform.isolation import Outcome, Task, run_isolated
 from nnunet_deform.ops import backends_for
 from nnunet_deform.ops.backends import cpu, preflight, trial_due
+from nnunet_deform.processes.isolation import Outcome, Task, run_isolated
 from nnunet_deform.selftest import deformable, operators, speed, steps
 from nnunet_deform.selftest.measuring import describe
 

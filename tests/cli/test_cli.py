@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nnunet_deform import __version__, activation, cli, diagnosis, trainers
+from nnunet_deform import __version__, activation, cli, trainers
+from nnunet_deform.diagnosis import backends, lookup
 from nnunet_deform.ops.backends import preflight, triton_
 
 OURS = activation.extension_folder()
@@ -134,7 +135,7 @@ def test_status_says_what_the_preflight_remembers(run, pth, monkeypatch, tmp_pat
     monkeypatch.setattr(triton_, "unable", lambda *tensors: None)
     monkeypatch.setattr(preflight, "_verdicts", {})
     monkeypatch.setattr(preflight, "_try", lambda trial: pytest.fail("tried"))
-    monkeypatch.setattr(diagnosis, "lookup", lambda name: getattr(trainers, name))  # takes long, and is not the point
+    monkeypatch.setattr(lookup, "lookup", lambda name: getattr(trainers, name))  # takes long, and is not the point
     machine = {"gpu": "NVIDIA H200", "driver": "1", "torch": "2.14", "triton": "3.8", "nnunet-deform": "0.1"}
     monkeypatch.setattr(preflight, "machine", lambda device: machine)
     output = run("status").output
@@ -205,7 +206,6 @@ def test_status_when_the_requested_backend_does_not_exist(active, monkeypatch):
 @pytest.fixture
 def active(run, pth, monkeypatch):
     """``run`` with the plugin active, and a fast look-up, which other tests have run."""
-    from nnunet_deform import diagnosis
     from nnunet_deform.trainers.variants import find_trainer
 
     def found(name: str) -> type | None:
@@ -214,7 +214,7 @@ def active(run, pth, monkeypatch):
         except AttributeError:
             return None
 
-    monkeypatch.setattr(diagnosis, "lookup", found)
+    monkeypatch.setattr(lookup, "lookup", found)
     monkeypatch.setenv(activation.VARIABLE, OURS)
     return run
 
@@ -314,8 +314,8 @@ def test_status_with_a_command_that_does_not_find_our_trainers(active, monkeypat
 
 def test_a_gpu_without_triton_is_told_what_works():
     reasons = {"triton": None, "torch": None}
-    assert diagnosis.gpu_note("triton", reasons) is None
-    note = diagnosis.gpu_note("torch", reasons | {"triton": "Triton is not installed"})
+    assert backends.gpu_note("triton", reasons) is None
+    note = backends.gpu_note("torch", reasons | {"triton": "Triton is not installed"})
     assert note.startswith("The triton backend cannot run on cuda: Triton is not installed. The torch backend computes")
 
 

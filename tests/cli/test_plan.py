@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nnunet_deform import cli
+from nnunet_deform.cli.plan import Arch, Preset
 from nnunet_deform.plans.planners import PLANNERS, PRESETS
 
 
@@ -45,8 +46,8 @@ def run(monkeypatch):
 
 
 def test_the_choices_are_the_planners():
-    assert [arch.value for arch in cli.Arch] == list(PLANNERS)
-    assert [preset.value for preset in cli.Preset] == list(PRESETS)
+    assert [arch.value for arch in Arch] == list(PLANNERS)
+    assert [preset.value for preset in Preset] == list(PRESETS)
 
 
 def test_it_says_what_it_chose_and_what_is_missing(run, dataset: Path):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_deform import commands
 from nnunet_deform.comparison.workflow import write
+from nnunet_deform.processes import commands
 
 # helper modules beside the tests
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,7 +17,8 @@ from trial import Trial
 OURS = """
 import sys
 from pathlib import Path
-from nnunet_deform import cli, commands
+from nnunet_deform import cli
+from nnunet_deform.processes import commands
 fakes = Path(__file__).parent
 commands.find_command = lambda name: str(fakes / ("cost" if name == sys.executable else name))
 cli.app()

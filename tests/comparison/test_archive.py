@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from trial import NAME, Trial
 
-from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.analysis import analyse
 from nnunet_deform.comparison.archive import ArchiveError, read_archive, write_archive
 from nnunet_deform.comparison.design import design_of
@@ -20,6 +19,7 @@ from nnunet_deform.comparison.findings import Findings, gather
 from nnunet_deform.comparison.report import build_archive_report, build_report
 from nnunet_deform.comparison.run import Comparison
 from nnunet_deform.comparison.trainings import TrainingError
+from nnunet_deform.processes.commands import Interrupts
 
 pytestmark = pytest.mark.usefixtures("use_fakes")
 

@@ -21,7 +21,6 @@ import pytest
 from trial import NAME, Trial
 
 from nnunet_deform import activation
-from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.collect import CollectionError
 from nnunet_deform.comparison.experiment import ExperimentError
 from nnunet_deform.comparison.files import fingerprint, read_json
@@ -37,6 +36,7 @@ from nnunet_deform.comparison.trainings import (
     record_file,
     write_record,
 )
+from nnunet_deform.processes.commands import Interrupts
 
 pytestmark = pytest.mark.usefixtures("use_fakes")
 
@@ -44,7 +44,7 @@ DRIVER = """
 import signal, sys
 from pathlib import Path
 from rich.console import Console
-from nnunet_deform import commands
+from nnunet_deform.processes import commands
 from nnunet_deform.comparison import run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)

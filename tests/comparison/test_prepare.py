@@ -2,10 +2,10 @@ import pytest
 from rich.console import Console
 from trial import NAME, Trial
 
-from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.files import write_json
 from nnunet_deform.comparison.prepare import prepare_dataset
 from nnunet_deform.comparison.run import Comparison
+from nnunet_deform.processes.commands import Interrupts
 
 
 @pytest.mark.parametrize("folder", ["of_the_child", "of_the_parent"])

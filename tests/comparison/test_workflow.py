@@ -18,12 +18,12 @@ import pytest
 from rich.console import Console
 from trial import NAME, Trial
 
-from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.collect import scores_file, scores_file_of_test
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.files import fingerprint, read_json
 from nnunet_deform.comparison.run import Comparison, RunError
 from nnunet_deform.comparison.workflow import PROFILES, write_workflow
+from nnunet_deform.processes.commands import Interrupts
 
 SNAKEMAKE = os.environ.get("SNAKEMAKE") or shutil.which("snakemake")
 needs_snakemake = pytest.mark.skipif(SNAKEMAKE is None, reason="no snakemake on PATH, nor in SNAKEMAKE")

@@ -12,10 +12,10 @@ import pandas as pd
 import SimpleITK as sitk
 from rich.console import Console
 
-from nnunet_deform.commands import Interrupts
 from nnunet_deform.comparison.files import fingerprint
 from nnunet_deform.comparison.report import build_report
 from nnunet_deform.comparison.run import Comparison
+from nnunet_deform.processes.commands import Interrupts
 
 EXPERIMENT = """\
 name: trial

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nnunet_deform import activation, commands
+from nnunet_deform import activation
 from nnunet_deform.demo import DemoError, run, run_demo
 from nnunet_deform.demo.phantom import DATASET_NAME, LABELS
+from nnunet_deform.processes import commands
 
 # One program plays all four commands. FAKE_MODE says what the training does, FAKE_DICE what the evaluation finds;
 # a training that hangs or fails leaves a process behind, as nnU-Net's workers would, and writes both process ids.
@@ -64,7 +65,7 @@ elif name == "nnUNetv2_evaluate_folder":
 DRIVER = """
 import signal, sys
 from pathlib import Path
-from nnunet_deform import commands
+from nnunet_deform.processes import commands
 from nnunet_deform.demo import run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from forked import Forked
 
-from nnunet_deform import isolation
 from nnunet_deform.ops import backends_for, choose_backend, deform_conv2d
 from nnunet_deform.ops.backends import preflight, reference, triton_
+from nnunet_deform.processes import isolation
 
 FORWARD = ("forward_kernel",)
 BACKWARD = ("offset_weight_gradient_kernel", "scatter_input_gradient_kernel")

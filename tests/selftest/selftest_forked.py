@@ -13,10 +13,11 @@ import torch
 from forked import Forked
 from typer.testing import CliRunner, Result
 
-from nnunet_deform import isolation, selftest
+from nnunet_deform import selftest
 from nnunet_deform.cli import app
 from nnunet_deform.ops import backends, dynamic_conv
 from nnunet_deform.ops.backends import torch_
+from nnunet_deform.processes import isolation
 from nnunet_deform.selftest import deformable, operators, steps
 
 

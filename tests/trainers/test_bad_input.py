@@ -15,7 +15,7 @@ from phantoms import SCENARIOS
 from typer.testing import CliRunner
 
 from nnunet_deform import __version__, cli
-from nnunet_deform.images import incomplete_images
+from nnunet_deform.diagnosis.images import incomplete_images
 from nnunet_deform.trainers import checkpoints
 from nnunet_deform.trainers.variants import find_trainer
 

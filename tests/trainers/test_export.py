@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nnunet_deform import cli, export
+from nnunet_deform import cli
+from nnunet_deform.deployment import export
 from nnunet_deform.trainers.variants import find_trainer
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")

@@ -14,11 +14,11 @@ from forked import Forked
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._functorch import config as functorch_config
 
-from nnunet_deform import isolation
 from nnunet_deform.layers import DeformConv
 from nnunet_deform.ops import choose_backend
 from nnunet_deform.ops.backends import preflight, triton_
 from nnunet_deform.plans import deformux
+from nnunet_deform.processes import isolation
 from nnunet_deform.trainers import nnUNetTrainerLightMedSeg
 from nnunet_deform.trainers.preflight import _trials
 from nnunet_deform.trainers.variants import find_trainer

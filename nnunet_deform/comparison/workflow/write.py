@@ -6,13 +6,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nnunet_deform.commands import find_command
 from nnunet_deform.comparison.check import check_experiment
 from nnunet_deform.comparison.collect import predicts_alone, scores_file, scores_file_of_test
 from nnunet_deform.comparison.cost import costs_file
 from nnunet_deform.comparison.files import fingerprint, write_json, write_text
 from nnunet_deform.comparison.run import Comparison
 from nnunet_deform.comparison.trainings import Training
+from nnunet_deform.processes.commands import find_command
 
 PROFILES = ("local", "slurm")
 

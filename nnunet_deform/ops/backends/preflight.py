@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from nnunet_deform import __version__
-from nnunet_deform.isolation import Task, described, run_isolated
 from nnunet_deform.ops.backends import torch_, triton_
 from nnunet_deform.ops.backends.agreement import RESULTS, disagreement
+from nnunet_deform.processes.isolation import Task, described, run_isolated
 
 logger = logging.getLogger("nnunet_deform.ops")
 

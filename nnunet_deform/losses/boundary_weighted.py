@@ -1,4 +1,4 @@
-"""Losses on logits and targets, as nnU-Net hands them over."""
+"""LightMedSeg's loss: Dice, cross-entropy and a band around each boundary."""
 
 from collections.abc import Sequence
 

@@ -1,24 +1,19 @@
-"""What ``nnunet-deform status`` looks for: one sentence for each thing that is wrong, and what to do about it."""
+"""Whether nnU-Net finds a trainer, and why not: one sentence with what to do about it."""
 
 import contextlib
 import difflib
 import io
-import json
 import os
-import pydoc
 import re
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nnunetv2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_deform import __version__, activation, trainers
-from nnunet_deform.trainers.checkpoints import checkpoint_versions
+from nnunet_deform import activation, trainers
 from nnunet_deform.trainers.variants import RateError, find_trainer
 
 _SUFFIXES = (r"_AdamW(?![a-z])", r"_lr[^_]*", r"_\d+epochs(?:\d+iters)?", r"_seed\d+", r"_unmirrored(?![a-z])")
@@ -48,6 +43,43 @@ def lookup(name: str) -> type | None:
             if isinstance(error, RuntimeError) and str(error).startswith("Could not find requested nnunet trainer"):
                 return None
             raise BrokenLookup(_where_it_breaks_off(error)) from error
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """What nnU-Net's look-up gives for one of our trainers.
+
+    Args:
+        name: the trainer's.
+        state: "found", or in some words what else came of it.
+        problem: a sentence with what to do, where the look-up breaks off or finds a class of somebody else.
+    """
+
+    name: str
+    state: str
+    problem: str | None = None
+
+
+def look_up_ours() -> list[LookedUp]:
+    """Every trainer of ours, looked up as nnU-Net does."""
+    return [_looked_up(name) for name in trainers.__all__]
+
+
+def _looked_up(name: str) -> LookedUp:
+    try:
+        found = lookup(name)
+    except BrokenLookup as error:
+        return LookedUp(name, "look-up breaks off", str(error))
+    if found is None:
+        return LookedUp(name, "not found")
+    if found is getattr(trainers, name):
+        return LookedUp(name, "found")
+    return LookedUp(
+        name,
+        f"another class, {found.__module__}",
+        f"nnU-Net finds another class named {name}, in {found.__module__}; remove that copy, or the path that leads to "
+        f"it from {activation.VARIABLE}.",
+    )
 
 
 def _where_it_breaks_off(error: Exception) -> str:
@@ -125,88 +157,6 @@ def _known_trainers() -> list[str]:
     ]
 
 
-def plan_problems() -> list[str]:
-    """Plans in nnUNet_preprocessed and nnUNet_results that cannot be read, or whose network cannot be imported."""
-    found = []
-    for path in (*_files("nnUNet_preprocessed", "*/*.json"), *_files("nnUNet_results", "*/*/plans.json")):
-        try:
-            plans = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            found.append(f"{path} cannot be read ({error}); plan again, or take it from a copy.")
-            continue
-        if not isinstance(plans, dict) or "configurations" not in plans:
-            continue
-        names = _networks(plans["configurations"])
-        if names is None:
-            found.append(f"{path} is damaged: its configurations are not as nnU-Net writes them; plan again.")
-            continue
-        for name in sorted(names):
-            if not _importable(name):
-                found.append(
-                    f"{path} asks for the network {name}, which cannot be imported here; install the package it comes "
-                    "from, in the version that wrote the plan."
-                )
-    return found
-
-
-def _networks(configurations: Any) -> set[str] | None:
-    """The networks that a plan's configurations name, or None where these are no configurations."""
-    if not isinstance(configurations, dict):
-        return None
-    names = set()
-    for configuration in configurations.values():
-        match configuration:
-            case {"architecture": {"network_class_name": str(name)}}:
-                names.add(name)
-            case {"architecture": _}:
-                return None
-            case dict():  # it inherits its architecture, or is of an old nnU-Net
-                pass
-            case _:
-                return None
-    return names
-
-
-def _importable(name: str) -> bool:
-    try:
-        return pydoc.locate(name) is not None
-    except pydoc.ErrorDuringImport:
-        return False
-
-
-def checkpoint_problems() -> list[str]:
-    """Trained models in nnUNet_results that cannot be used: trainer not found, checkpoint damaged."""
-    models: dict[str, Path] = {}
-    found = []
-    for path in _files("nnUNet_results", "*/*__*__*/fold_*/checkpoint_*.pth"):
-        models.setdefault(path.parts[-3].split("__")[0], path.parents[1])
-        try:
-            checkpoint_versions(str(path))
-        except RuntimeError as error:
-            found.append(str(error))
-    for name, folder in models.items():
-        problem = trainer_problem(name)
-        if problem is not None:
-            found.append(f"{folder} cannot be used for prediction here: {problem}")
-    return found
-
-
-def checkpoint_notes() -> list[str]:
-    """Checkpoints that other versions of nnunet-deform or nnU-Net wrote, one note for each model."""
-    here = {"nnunet-deform": __version__, "nnunetv2": metadata.version("nnunetv2")}
-    notes: dict[str, None] = {}
-    for path in _files("nnUNet_results", "*/*__*__*/fold_*/checkpoint_*.pth"):
-        with contextlib.suppress(RuntimeError):
-            versions = checkpoint_versions(str(path))
-            for package, version in here.items():
-                if versions.get(package, version) != version:
-                    notes[
-                        f"{path.parents[1]} was trained with {package} {versions[package]}, {version} is installed; if "
-                        f"loading or results differ, run: pip install '{package}=={versions[package]}'"
-                    ] = None
-    return list(notes)
-
-
 def command_notes() -> list[str]:
     """Commands of nnU-Net that do not know our trainers."""
     if shutil.which("nnUNetv2_train_pretrained") is None:
@@ -215,24 +165,3 @@ def command_notes() -> list[str]:
         "nnUNetv2_train_pretrained looks for trainers in nnU-Net's own folder only, so it finds none of ours; "
         "nnUNetv2_train finds them, and starts from given weights with -pretrained_weights."
     ]
-
-
-def gpu_note(chosen: str, reasons: Mapping[str, str | None]) -> str | None:
-    """Why Triton does not compute deformable convolutions on this machine's GPU, and what does; None where it does.
-
-    Args:
-        chosen: the backend that computes them.
-        reasons: by backend, why it cannot run there; None where it can.
-    """
-    if reasons["triton"] is None:
-        return None
-    return (
-        f"The triton backend cannot run on cuda: {reasons['triton']}. The {chosen} backend computes the deformable "
-        "convolutions there, slower, and everything else works as it does with Triton."
-    )
-
-
-def _files(variable: str, pattern: str) -> Iterator[Path]:
-    folder = os.environ.get(variable)
-    if folder:
-        yield from sorted(Path(folder).glob(pattern))

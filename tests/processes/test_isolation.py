@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_deform.isolation import Outcome, Task, run_isolated
+from nnunet_deform.processes.isolation import Outcome, Task, run_isolated
 
 
 def pid_is_alive(pid: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 # The process imports from where this one does, and not from the working directory.
 _PROGRAM = (
     f"import sys; sys.path[:] = sys.argv[1].split({os.pathsep!r}); "
-    "from nnunet_deform.isolation import _serve; _serve(sys.argv[2])"
+    "from nnunet_deform.processes.isolation import _serve; _serve(sys.argv[2])"
 )
 _POLL_S = 0.05
 # A process in the middle of a call into a driver that hangs does not end even when it is killed.
