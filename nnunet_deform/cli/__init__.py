@@ -9,13 +9,26 @@ from typing import Annotated
 import typer
 
 from nnunet_deform import __version__
-from nnunet_deform.cli import check_images, compare, demo, disable, enable, env, export, plan, score, selftest, status
+from nnunet_deform.cli import (
+    check_images,
+    compare,
+    demo,
+    disable,
+    enable,
+    env,
+    export,
+    plan,
+    predict_onnx,
+    score,
+    selftest,
+    status,
+)
 
 # As the help lists them.
 _COMMANDS = {
     "Set up": (enable.enable, disable.disable, env.env, status.status, selftest.selftest, demo.demo),
     "Before training": (check_images.check_images, plan.plan),
-    "After training": (export.export, score.score),
+    "After training": (export.export, predict_onnx.predict_onnx, score.score),
 }
 
 app = typer.Typer(

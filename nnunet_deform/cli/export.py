@@ -21,11 +21,11 @@ def export(
         "checkpoint_final.pth"
     ),
 ) -> None:
-    """Write a trained network as an ONNX file, checked with ONNX Runtime. Needs the extra export.
+    """Write a trained network as an ONNX file for predict-onnx, checked with ONNX Runtime. Needs the extra export.
 
     Example: nnunet-deform export -m nnUNetTrainerLightMedSeg__nnUNetPlans__3d_fullres -o model.onnx
     """
-    from nnunet_deform.deployment.export import ExportError, export_onnx
+    from nnunet_deform.deployment.export import OPSET, ExportError, export_onnx
 
     try:
         activation.check_nnunetv2()
@@ -34,4 +34,4 @@ def export(
             metadata = export_onnx(model, output, fold=fold, checkpoint=checkpoint)
     except (activation.ActivationError, ExportError) as error:
         raise fail(str(error)) from None
-    print(f"Wrote {output}: patch {metadata['patch_size']}, spacing {metadata['spacing']}, opset 18.")
+    print(f"Wrote {output}: patch {metadata['patch_size']}, spacing {metadata['spacing']}, opset {OPSET}.")

@@ -1,4 +1,4 @@
-"""A trained model as an ONNX file, with what is needed to prepare images for it and to read its output."""
+"""A trained model as an ONNX file, with all that :mod:`nnunet_deform.deployment.scans` needs to predict whole scans."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from nnunet_deform import activation
+from nnunet_deform import __version__, activation
+from nnunet_deform.deployment.exported import DATASET_JSON, INPUT, OUTPUT, PLANS
 from nnunet_deform.ops.deform_conv_onnx import translation_table
 
 OPSET = 20  # the first with GridSample in 3D
-INPUT, OUTPUT = "image", "logits"
 # Relative to the largest logit. Sums are taken in another order by the other runtime.
 TOLERANCE = 1e-3
 
@@ -27,7 +27,8 @@ def export_onnx(
     """Write the network of one fold as ONNX, and check it with ONNX Runtime.
 
     The file takes ``image`` [1, channels, *patch_size], preprocessed as the metadata says, and gives ``logits``
-    [1, classes, *patch_size]. Sliding window, mirroring and resampling are left to the user of the file.
+    [1, classes, *patch_size]. The metadata hold plans.json and dataset.json, which ``nnunet-deform predict-onnx`` needs
+    for sliding window, mirroring and resampling, and what others need of them by name.
 
     Args:
         model_folder: nnU-Net's ``<trainer>__<plans>__<configuration>``.
@@ -68,7 +69,10 @@ def export_onnx(
             verbose=False,
         )
         expected = network(image)
-    metadata = _metadata(predictor, fold)
+    from nnunet_deform.deployment.convolutions import use_2d_convolutions
+
+    use_2d_convolutions(program.model)
+    metadata = _metadata(predictor, fold, _configuration(weights))
     program.model.metadata_props.update(metadata)
 
     partial = output.with_name(f"{output.name}.partial")
@@ -108,10 +112,19 @@ def _loaded(model_folder: Path, fold: str, checkpoint: str) -> Any:
     return predictor
 
 
-def _metadata(predictor: Any, fold: str) -> dict[str, str]:
+def _configuration(weights: Path) -> str:
+    """Its name, which nnU-Net's predictor reads and forgets."""
+    return torch.load(weights, map_location="cpu", weights_only=False, mmap=True)["init_args"]["configuration"]
+
+
+def _metadata(predictor: Any, fold: str, configuration_name: str) -> dict[str, str]:
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     dataset, labels = predictor.dataset_json, predictor.label_manager
     values = {
+        "nnunet_deform": __version__,
+        PLANS: plans.plans,
+        DATASET_JSON: dataset,
+        "configuration": configuration_name,
         "trainer": predictor.trainer_name,
         "dataset": plans.dataset_name,
         "plans": plans.plans_name,

@@ -19,12 +19,13 @@ def incomplete_images(folder: Path) -> Iterator[str]:
     Compressed files are read to their end, which also finds damaged ones.
     """
     for path in sorted([*folder.rglob("*.nii.gz"), *folder.rglob("*.nii")]):
-        reason = _incomplete(path)
+        reason = incompleteness(path)
         if reason is not None:
             yield f"{path} is damaged: {reason}; copy or download it again, before nnU-Net reads what is left of it."
 
 
-def _incomplete(path: Path) -> str | None:
+def incompleteness(path: Path) -> str | None:
+    """What is missing or damaged in a ``.nii`` or ``.nii.gz`` file, or None."""
     try:
         voxels = nibabel.load(path).dataobj
         expected = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
