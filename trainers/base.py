@@ -20,6 +20,7 @@ from nnunet_deform.trainers.operator_report import OperatorReport
 from nnunet_deform.trainers.preflight import Preflight
 
 MEMORY_ADVICE = (
+    "train with the suffix _recompute behind the trainer's name (DeformUX-Net, LightMedSeg, dynamic convolutions), "
     "use a smaller batch or patch (a copy of the plans file with a smaller batch_size or patch_size under another "
     "plans_name, given with -p), or a device with more memory"
 )
@@ -30,10 +31,13 @@ class PlannedNetworkTrainer(OperatorReport, EagerFallback, NumericalGuard, Prefl
 
     A subclass sets ``architecture``, a function of :mod:`nnunet_deform.plans`, and an ablation of it
     ``network_options``, that function's further arguments.
+
+    ``recomputes_blocks``: whether the network takes ``recompute``.
     """
 
     architecture: ClassVar[Callable[..., Architecture]]
     network_options: ClassVar[dict[str, Any]] = {}
+    recomputes_blocks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -126,6 +130,8 @@ class PlannedNetworkTrainer(OperatorReport, EagerFallback, NumericalGuard, Prefl
 
 class OutputStridesTrainer(PlannedNetworkTrainer):
     """For networks whose logits have strides of their own: ``output_strides`` among the architecture's arguments."""
+
+    recomputes_blocks = False
 
     @classmethod
     def _outputs(cls, configuration_manager: ConfigurationManager) -> int:

@@ -1,9 +1,11 @@
 """Trainer variants by name, for our trainers, nnU-Net's own and those that ``nnUNet_extTrainer`` leads to:
-``<trainer>[_AdamW][_lr{rate}][_{N}epochs[{M}iters]][_seed{S}][_unmirrored]``.
+``<trainer>[_recompute][_AdamW][_lr{rate}][_{N}epochs[{M}iters]][_seed{S}][_unmirrored]``.
 
 A variant is a class like any other: importable from this module and picklable under its name, and nnU-Net finds it
 again when it predicts. The suffixes mean:
 
+- ``_recompute``: for less memory blocks at full resolution are computed again in the backward pass, of networks that
+  take ``recompute``. The result is the same to rounding.
 - ``_AdamW``: our one second recipe, so that network and recipe can be told apart. AdamW at 1e-3, weight decay 1e-4 and
   none on norms and biases, linear warm-up over 10 epochs, cosine to 1e-6.
 - ``_lr{rate}``: the initial learning rate of the recipe, ``_AdamW`` or the trainer's own, a positive number such as
@@ -40,6 +42,7 @@ from nnunet_deform.trainers.recipes import AdamWRecipe
 _EXTERNAL_TRAINERS = "nnUNet_extTrainer"
 _NAME = re.compile(
     r"(?P<base>nnUNetTrainer\w*?)"
+    r"(?P<recompute>_recompute)?"
     r"(?P<adamw>_AdamW)?"
     r"(?:_lr(?P<rate>[^_]*))?"
     r"(?:_(?P<epochs>[1-9]\d*)epochs(?:(?P<iterations>[1-9]\d*)iters)?)?"
@@ -49,15 +52,15 @@ _NAME = re.compile(
 _RATE = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
-class RateError(AttributeError):
-    """A trainer that there is, with a learning rate that there is not."""
+class VariantError(AttributeError):
+    """A trainer that there is, in a variant that there is not."""
 
 
 def find_trainer(name: str) -> type[nnUNetTrainer]:
     """One of our trainers, or a variant of any that nnU-Net finds.
 
     Raises:
-        RateError: a variant but for its learning rate.
+        VariantError: a variant but for its learning rate, or for a network that has nothing to recompute.
         AttributeError: the name is neither; nnU-Net then goes on searching elsewhere.
     """
     if name in trainers.__all__:
@@ -105,6 +108,8 @@ def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) ->
         "__qualname__": name.replace(".", ","),
         "__doc__": f"{base.__name__}, varied as its name says.",
     }
+    if parts["recompute"]:
+        attributes["network_options"] = _recomputing(base)
     if parts["seed"]:
         bases.append(Seeded)
         attributes["seed"] = int(parts["seed"])
@@ -124,10 +129,19 @@ def _make_variant(name: str, base: type[nnUNetTrainer], parts: re.Match[str]) ->
     return type(name, (*bases, base), attributes)
 
 
+def _recomputing(base: type[nnUNetTrainer]) -> dict[str, Any]:
+    if not getattr(base, "recomputes_blocks", False):
+        raise VariantError(
+            f"the network of {base.__name__} does not recompute blocks; leave out _recompute, which is for "
+            "DeformUX-Net, LightMedSeg, and MAGIC and other dynamic convolutions in nnU-Net's U-Nets."
+        )
+    return {**base.network_options, "recompute": "blocks"}
+
+
 def _learning_rate(spelling: str) -> float:
     rate = float(spelling) if _RATE.fullmatch(spelling) else math.nan
     if not 0 < rate < math.inf:
-        raise RateError(
+        raise VariantError(
             f"the learning rate {spelling!r} after _lr is no positive number; write one such as 8e-3 or 0.008."
         )
     return rate

@@ -14,9 +14,16 @@ import nnunetv2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_deform import activation, trainers
-from nnunet_deform.trainers.variants import RateError, find_trainer
+from nnunet_deform.trainers.variants import VariantError, find_trainer
 
-_SUFFIXES = (r"_AdamW(?![a-z])", r"_lr[^_]*", r"_\d+epochs(?:\d+iters)?", r"_seed\d+", r"_unmirrored(?![a-z])")
+_SUFFIXES = (
+    r"_recompute(?![a-z])",
+    r"_AdamW(?![a-z])",
+    r"_lr[^_]*",
+    r"_\d+epochs(?:\d+iters)?",
+    r"_seed\d+",
+    r"_unmirrored(?![a-z])",
+)
 
 
 class BrokenLookup(Exception):
@@ -130,7 +137,7 @@ def explain_missing_trainer(name: str) -> str:
     ordered = base + "".join(suffixes)
     try:
         find_trainer(ordered)
-    except RateError as error:
+    except VariantError as error:
         return f"{name} cannot be: {error}"
     except AttributeError:
         known = difflib.get_close_matches(base, _known_trainers(), n=1, cutoff=0.9)
@@ -141,8 +148,8 @@ def explain_missing_trainer(name: str) -> str:
         )
     if ordered != name:
         return (
-            f"{name} has its suffixes in another order than _AdamW, _lr, _epochs, _seed, _unmirrored; its name is "
-            f"{ordered}."
+            f"{name} has its suffixes in another order than _recompute, _AdamW, _lr, _epochs, _seed, _unmirrored; its "
+            f"name is {ordered}."
         )
     return f"{name} is ours, but nnU-Net cannot find it, because the plugin is not active here."
 

@@ -140,6 +140,10 @@ class DCD(DynamicConv):
             bias = (factor2 * (phi @ offset1) + offset2 + offset1) @ self.expand.weight.mT
             return kernels, bias if self.bias is None else bias + self.bias
 
+    def divided(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], Callable[..., Tensor]] | None:
+        by_batch = self.residual_norm == "batch" and self.training
+        return None if by_batch else super().divided(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] -> [B, C_out, *spatial']."""
         if self.residual_norm == "batch" and self.training:

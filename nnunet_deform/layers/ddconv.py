@@ -151,6 +151,9 @@ class DDConv(DynamicConv):
             bias = None if self.bias is None else self.bias.expand(len(x), -1)
             return mixed(gates, self.weight), bias, offset_kernels.expand(len(x), *offset_kernels.shape[1:])
 
+    def divided(self, x: Tensor) -> None:
+        """As of :class:`DynamicConv`; its offsets are as many as voxels."""
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] -> [B, C_out, *spatial']."""
         gates, offset, _ = self._gates_and_offsets(x)

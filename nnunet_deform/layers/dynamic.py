@@ -271,8 +271,17 @@ class DynamicConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] -> [B, C_out, *spatial']."""
+        once, convolved = self.divided(x)
+        return convolved(x, *once)
+
+    def divided(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], Callable[..., Tensor]] | None:
+        """The forward pass in two parts, for [B, C, *spatial]: a few numbers of each sample, which the attention gives
+        and for which statistics take the samples in; and a function of x and of them that may be called twice. None
+        where it has no such parts."""
+        return self.kernels(x), self._convolved
+
+    def _convolved(self, x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         op = dynamic_conv2d if self.ndim == 2 else dynamic_conv3d
-        kernels, bias = self.kernels(x)
         return op(x, kernels, bias, self.stride, self.padding, self.dilation, self.groups, self.conv_impl)
 
     @torch.no_grad()

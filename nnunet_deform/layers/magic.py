@@ -371,12 +371,6 @@ class MagicConv(DynamicConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, *spatial] -> [B, C_out, *spatial']. A training step mixes the kernels again."""
-        if self.dynamic and may_keep_less(self):
-            shape = (self.n_kernels, self.out_channels)
-            kernels = self.weight.unflatten(0, shape)
-            biases = None if self.bias is None else self.bias.unflatten(0, shape)
-            geometry = (self.stride, self.padding, self.dilation, self.groups)
-            return mixed_conv(x, self.mixing_weights(x), kernels, biases, *geometry, self.conv_impl)
         if self.dynamic:
             return super().forward(x)
         conv = F.conv2d if self.ndim == 2 else F.conv3d
@@ -387,6 +381,18 @@ class MagicConv(DynamicConv):
             weight = weight + 0 * sum(parameter.sum() for parameter in self.attention.parameters())
         bias = None if bias is None else bias[0]
         return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def divided(self, x: Tensor) -> tuple[tuple[Tensor | None, ...], Callable[..., Tensor]]:
+        if may_keep_less(self):
+            return (self.mixing_weights(x),), self._mixed_conv
+        return super().divided(x)
+
+    def _mixed_conv(self, x: Tensor, mixing: Tensor) -> Tensor:
+        shape = (self.n_kernels, self.out_channels)
+        kernels = self.weight.unflatten(0, shape)
+        biases = None if self.bias is None else self.bias.unflatten(0, shape)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return mixed_conv(x, mixing, kernels, biases, *geometry, self.conv_impl)
 
     def _mixed(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """Kernels [B, C_out, C/groups, *kernel] and biases [B, C_out] of mixing weights [B, K]."""

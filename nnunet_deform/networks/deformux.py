@@ -35,7 +35,13 @@ from torch import Tensor, nn
 
 from nnunet_deform.layers import ChannelLayerNorm, ConvStyle, DeformConv, ResidualBlock, UpBlock
 from nnunet_deform.layers.deform import OffsetAxes
-from nnunet_deform.layers.recomputation import may_keep_less, recomputed
+from nnunet_deform.layers.recomputation import (
+    Recompute,
+    check_recompute,
+    may_keep_less,
+    recomputed,
+    recomputed_block,
+)
 from nnunet_deform.networks.memory import STORED_PER_COUNTED
 from nnunet_deform.networks.observation import Offsets, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
@@ -202,9 +208,11 @@ class DeformUXDecoder(nn.Module):
         kernel_sizes: Sequence[Sequence[int]],
         num_classes: int,
         deep_supervision: bool,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
+        self.recompute = recompute
         transposed_conv_op = get_matching_convtransp(style.conv_op)
         finer = list(reversed(range(len(features) - 1)))
         self.ups = nn.ModuleList(
@@ -222,10 +230,13 @@ class DeformUXDecoder(nn.Module):
         *finer, z = skips
         logits = []
         for index, (up, head) in enumerate(zip(self.ups, self.seg_layers, strict=True)):
-            z = up(z, finer[-1 - index])
             finest = index == len(self.ups) - 1
-            if finest:
-                z = self.last(z)
+            if finest and self.recompute == "blocks":
+                z = recomputed_block(self.last, recomputed_block(up, z, finer[-1 - index]))
+            elif finest:
+                z = self.last(up(z, finer[-1 - index]))
+            else:
+                z = up(z, finer[-1 - index])
             if finest or self.deep_supervision:
                 logits.append(head(z))
         return logits[::-1] if self.deep_supervision else logits[0]
@@ -259,6 +270,8 @@ class DeformUXNet(nn.Module):
         mlp_ratio: hidden width of the scaling over its input's.
         kernel_size: kernel of the encoder's convolutions on the axes where the level's kernel is more than 1; None
             takes the level's own.
+        recompute: what the backward pass computes again instead of keeping it: "cheap" for norms, offsets and hidden
+            layers, "blocks" for the convolutional blocks at full resolution as well.
 
     Raises:
         ValueError: arguments that do not describe such a network; the message names the value.
@@ -294,8 +307,10 @@ class DeformUXNet(nn.Module):
         scaling: Literal["mlp", "depthwise", "none"] = "mlp",
         mlp_ratio: int = 4,
         kernel_size: int | None = None,
+        recompute: Recompute = "cheap",
     ) -> None:
         super().__init__()
+        check_recompute(recompute)
         ndim = convert_conv_op_to_dim(conv_op)
         check_topology("DeformUX-Net", n_stages, features_per_stage, kernel_sizes, strides, ndim)
         if block not in ("eq3", "convnext"):
@@ -361,13 +376,17 @@ class DeformUXNet(nn.Module):
             ResidualBlock(style, i, o, kernel)
             for i, o, kernel in zip([input_channels, *widths], features_per_stage, kernel_sizes, strict=True)
         )
-        self.decoder = DeformUXDecoder(style, features_per_stage, strides, kernel_sizes, num_classes, deep_supervision)
+        self.decoder = DeformUXDecoder(
+            style, features_per_stage, strides, kernel_sizes, num_classes, deep_supervision, recompute
+        )
+        self.recompute = recompute
         self.strides = [tuple(stride) for stride in strides]
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         padded = pad_to_levels(x, self.strides)
-        features = [padded, *self.encoder(padded)]
-        skips = [encode(level) for encode, level in zip(self.skip_encoders, features, strict=True)]
+        finest, *coarser = self.skip_encoders
+        skips = [recomputed_block(finest, padded) if self.recompute == "blocks" else finest(padded)]
+        skips += [encode(features) for encode, features in zip(coarser, self.encoder(padded), strict=True)]
         return crop_to_image(self.decoder(skips), x.shape[2:], self.strides)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:

@@ -40,6 +40,7 @@ from nnunet_deform.layers import (
     ODConv2d,
     ODConv3d,
 )
+from nnunet_deform.layers.recomputation import Recompute, check_recompute, may_recompute, recomputed
 from nnunet_deform.networks.memory import STORED_PER_COUNTED
 from nnunet_deform.networks.observation import ChannelFusion, MixingWeights, Observations, Offsets, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
@@ -65,6 +66,22 @@ def _options_of(layer: Layer) -> set[str]:
     return {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
 
 
+class _RecomputedBlock(ConvDropoutNormReLU):
+    """A block of which a training step keeps the input alone, and what an attention made of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not may_recompute(self):
+            return super().forward(x)
+        conv, rest = self.conv, self.all_modules[1:]
+        if not (isinstance(conv, DynamicConv) and conv.dynamic):
+            return recomputed(self.all_modules, x)
+        parts = conv.divided(x)
+        if parts is None:
+            return super().forward(x)
+        once, convolved = parts
+        return recomputed(lambda x, *once: rest(convolved(x, *once)), x, *once)
+
+
 class DynamicUNet(nn.Module):
     """What all these networks share: the replacement, any input size, the memory estimate, a look at the layers.
 
@@ -76,6 +93,8 @@ class DynamicUNet(nn.Module):
             it takes some 25 times as long as a convolution, and is for coarse levels.
         n_kernels: kernels of each convolution. None for 4, or 2 with a residual encoder; for DDConv 8. DCD has one.
         min_channels: convolutions with fewer input channels stay static.
+        recompute: what the backward pass computes again instead of keeping it: "cheap" for MAGIC's mixed kernels,
+            "blocks" for all convolutions and norms at full resolution as well, but for DDConv's.
         options: of nnU-Net's network, and keyword-only ones of the layer.
 
     Raises:
@@ -94,8 +113,10 @@ class DynamicUNet(nn.Module):
         stages: Sequence[int] | None = None,
         n_kernels: int | None = None,
         min_channels: int = MIN_CHANNELS,
+        recompute: Recompute = "cheap",
         **options: Any,
     ) -> None:
+        check_recompute(recompute)
         if layer not in LAYERS:
             raise ValueError(f"layer={layer!r} must be one of {', '.join(map(repr, LAYERS))}.")
         takes = _options_of(layer)
@@ -126,6 +147,16 @@ class DynamicUNet(nn.Module):
                 block.skip = nn.Identity()
         if not self.decoder.deep_supervision:
             self.decoder.seg_layers[:-1].requires_grad_(False)
+        if recompute == "blocks":
+            self._recompute_blocks()
+
+    def _recompute_blocks(self) -> None:
+        finest = [self.encoder.stages[0], self.decoder.stages[-1]]
+        if getattr(self.encoder, "stem", None) is not None:
+            finest.append(self.encoder.stem)
+        for block in [block for part in finest for block in part.modules() if type(block) is ConvDropoutNormReLU]:
+            # It stays the block that it is in the eyes of those who hold it.
+            block.__class__ = _RecomputedBlock
 
     def _replace_convolutions(self, stages: Iterable[int], min_channels: int, options: dict[str, Any]) -> None:
         first = {self.get_submodule(key) for key in self.keys_to_in_proj}

@@ -67,7 +67,13 @@ from nnunet_deform.layers.few_channels import (
 )
 from nnunet_deform.layers.lightmed import ghost_or_standard
 from nnunet_deform.layers.norm import GroupNorm
-from nnunet_deform.layers.recomputation import may_keep_less, recomputed
+from nnunet_deform.layers.recomputation import (
+    Recompute,
+    check_recompute,
+    may_keep_less,
+    may_recompute,
+    recomputed,
+)
 from nnunet_deform.networks.memory import STORED_PER_COUNTED, kept_by_autograd
 from nnunet_deform.networks.observation import Anchors, Observation, Routing, recorded
 from nnunet_deform.networks.paired_start import drawn_by_name, paired_start
@@ -273,9 +279,11 @@ class LightMedDecoder(nn.Module):
         skips: Sequence[nn.Module],
         seg_layers: Sequence[nn.Module],
         deep_supervision: bool,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
+        self.recompute = recompute
         self.fusions = nn.ModuleList(fusions)
         self.mixtures = nn.ModuleList(mixtures)
         self.router = router
@@ -292,18 +300,29 @@ class LightMedDecoder(nn.Module):
         features: Sequence[Tensor],
         anchors: Tensor | None,
     ) -> Tensor | list[Tensor]:
-        stages = list(zip(self.fusions, self.mixtures, self.seg_layers, strict=True))
         logits = []
-        for index, (fusion, mix, head) in enumerate(stages):
-            level = len(stages) - 1 - index
+        for index, (fusion, mix, head) in enumerate(zip(self.fusions, self.mixtures, self.seg_layers, strict=True)):
+            level = len(self.fusions) - 1 - index
             size = image_size if level == 0 else features[level - 1].shape[2:]
-            # No name holds the skip: at full resolution it would be kept beside the maps of the mixture.
-            fused = fusion(z, self._skip(index, level, size, stem, features), anchors)
-            z = mix(fused)
-            del fused
+            inputs = index, level, size, z, stem, features, anchors
+            again = level == 0 and self.recompute == "blocks" and may_recompute(fusion, mix, *self.skips[-1:])
+            z = recomputed(self._stage, *inputs) if again else self._stage(*inputs)
             if level == 0 or self.deep_supervision:
                 logits.append(head(z))
         return logits[::-1] if self.deep_supervision else logits[0]
+
+    def _stage(
+        self,
+        index: int,
+        level: int,
+        size: Sequence[int],
+        z: Tensor,
+        stem: Tensor,
+        features: Sequence[Tensor],
+        anchors: Tensor | None,
+    ) -> Tensor:
+        # No name holds the skip or what it is fused to: at full resolution they would be kept beside the mixture.
+        return self.mixtures[index](self.fusions[index](z, self._skip(index, level, size, stem, features), anchors))
 
     def _skip(self, index: int, level: int, size: Sequence[int], stem: Tensor, features: Sequence[Tensor]) -> Tensor:
         routed = len(self.fusions) - len(self.skips)
@@ -342,6 +361,8 @@ class LightMedSeg(nn.Module):
             the prior's, 16 (24 of "conv"), and ``skip_channels``.
         skip_channels: width to which the router projects all features; by default 64 times ``width``.
         bottleneck_channels: hidden width of the bottleneck; by default the coarsest of ``features_per_stage``.
+        recompute: what the backward pass computes again instead of keeping it: "cheap" for norms, mixtures, structural
+            prior and encoder stages, "blocks" for the decoder's stage at full resolution as well.
 
     Raises:
         ValueError: arguments that do not describe such a network; the message names the value.
@@ -367,8 +388,10 @@ class LightMedSeg(nn.Module):
         width: int = 1,
         skip_channels: int | None = None,
         bottleneck_channels: int | None = None,
+        recompute: Recompute = "cheap",
     ) -> None:
         super().__init__()
+        check_recompute(recompute)
         ndim = convert_conv_op_to_dim(conv_op)
         check_topology("LightMedSeg", n_stages, features_per_stage, kernel_sizes, strides, ndim)
         check_width(width)
@@ -456,6 +479,7 @@ class LightMedSeg(nn.Module):
             [pointwise_conv(ndim, widths[max(level - 1, 0)], widths[level]) for level in coarse_to_fine[n_routed:]],
             [pointwise_conv(ndim, widths[level], num_classes) for level in coarse_to_fine],
             deep_supervision,
+            recompute,
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunet_deform.layers.recomputation import may_keep_less, recomputed
+from nnunet_deform.layers.recomputation import may_keep_less, may_recompute, recomputed, recomputed_block
 
 
 def nothing(*_: object) -> None:
@@ -46,6 +46,43 @@ def test_a_hook_on_the_piece_itself_is_no_reason():
     layers = nn.Sequential(nn.Linear(2, 2))
     layers.register_forward_hook(nothing)
     assert may_keep_less(layers)
+
+
+@pytest.mark.parametrize("add", HOOKS)
+@pytest.mark.parametrize("on_itself", [False, True])
+def test_a_block_with_hooks_is_called_once(add, on_itself):
+    block = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU())
+    assert may_recompute(block)
+    handle = add(block if on_itself else block[0][0])
+    assert not may_recompute(nn.ReLU(), block)
+    handle.remove()
+    assert may_recompute(nn.ReLU(), block)
+
+
+@pytest.mark.parametrize("part", [nn.Dropout(0.5), nn.Dropout3d(0.1), nn.BatchNorm1d(2), nn.InstanceNorm1d(2)])
+def test_a_block_that_changes_when_called_is_called_once_in_training(part):
+    block = nn.Sequential(nn.Linear(2, 2), part)
+    changes = not isinstance(part, nn.InstanceNorm1d)
+    assert may_recompute(block) is not changes
+    assert may_recompute(block.eval())
+    with torch.no_grad():
+        assert not may_recompute(block)
+
+
+def test_a_block_is_called_again_in_the_backward_pass():
+    calls = []
+
+    class Block(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    block, x = Block(2, 2), torch.randn(3, 2)
+    recomputed_block(block, x).sum().backward()
+    assert len(calls) == 2
+    with torch.no_grad():
+        recomputed_block(block, x)
+    assert len(calls) == 3
 
 
 def test_recomputed_keeps_the_inputs_alone():

@@ -284,10 +284,19 @@ def test_bfloat16_autocast_stays_close(name: str, plan: Plan):
 
 
 # The default backend, inductor, takes minutes to compile in C++.
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_as_one_graph(name: str, backend: str):
+@pytest.mark.parametrize(
+    ("backend", "recompute"),
+    [
+        ("aot_eager", "blocks"),
+        *(
+            pytest.param(backend, recompute, marks=pytest.mark.slow)
+            for backend, recompute in (("aot_eager", "cheap"), ("inductor", "cheap"), ("inductor", "blocks"))
+        ),
+    ],
+)
+def test_compiles_as_one_graph(name: str, backend: str, recompute: str):
     torch.compiler.reset()
-    network = stir(ANISOTROPIC.network(name, deep_supervision=True))
+    network = stir(ANISOTROPIC.network(name, deep_supervision=True, recompute=recompute))
     compiled = torch.compile(network, fullgraph=True, backend=backend)
     image = ANISOTROPIC.image()
 
@@ -364,9 +373,17 @@ def hooked(network: nn.Module) -> nn.Module:
     return network
 
 
-@small_plans
-def test_a_training_step_is_that_of_the_form_that_keeps_more(name: str, plan: Plan):
-    network = stir(plan.network(name, deep_supervision=True).double())
+@pytest.mark.parametrize(
+    ("plan", "recompute"),
+    [
+        *((plan, "cheap") for plan in SMALL_PLANS),
+        (TWO_DIMENSIONAL, "blocks"),
+        pytest.param(ANISOTROPIC, "blocks", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_training_step_is_that_of_the_form_that_keeps_more(name: str, plan: Plan, recompute: str):
+    network = stir(plan.network(name, deep_supervision=True, recompute=recompute).double())
     plain = hooked(network)
     images = [plan.image(batch=2, dtype=torch.float64).requires_grad_() for _ in range(2)]
     gradients = []
@@ -379,6 +396,35 @@ def test_a_training_step_is_that_of_the_form_that_keeps_more(name: str, plan: Pl
         gradients.append([total, *torch.autograd.grad(total, [*images, *parameters], allow_unused=True)])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    # Statistics have taken each image in once, though it was seen twice more.
+    for ours, theirs in zip(network.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_recomputed_blocks_keep_less_and_need_none_of_it_in_prediction(name: str):
+    plan = TWO_DIMENSIONAL
+    kept = {}
+    for recompute in ("cheap", "blocks"):
+        network = plan.network(name, deep_supervision=True, recompute=recompute)
+        tensors: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, tensors: dict[int, torch.Tensor] = tensors) -> torch.Tensor:
+            return tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = as_list(network(plan.image()))
+        del outputs
+        own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+        kept[recompute] = sum(t.untyped_storage().nbytes() for key, t in tensors.items() if key not in own)
+        with torch.no_grad():
+            assert not any(output.requires_grad for output in as_list(network(plan.image())))
+    # Of this small network, ODConv's kernels are the most of what is kept; DDConv's blocks are not recomputed.
+    assert kept["blocks"] < (1 if name.startswith("Dynamic") else 0.9) * kept["cheap"]
+
+
+def test_what_is_recomputed_is_one_of_two(name: str):
+    with pytest.raises(ValueError, match=r"^recompute='all' must be 'cheap' or 'blocks'\.$"):
+        ISOTROPIC.network(name, recompute="all")
 
 
 def test_frozen_parameters_get_no_gradient_and_change_no_other(name: str):

@@ -27,6 +27,8 @@ VARIANTS = [
     "nnUNetTrainer_unmirrored",
     "nnUNetTrainer_AdamW_4epochs20iters_seed1_unmirrored",
     "nnUNetTrainer_lr1e-3",
+    "nnUNetTrainerDeformUX_recompute",
+    "nnUNetTrainerLightMedSeg_w2_recompute_AdamW_lr8e-3_4epochs20iters_seed1_unmirrored",
     "nnUNetTrainerLightMedSeg_AdamW_lr8e-3",
     "nnUNetTrainerDeformUX_AdamW_lr1.6e-2_4epochs20iters_seed1_unmirrored",
     "nnUNetTrainerMAGIC_AdamW_lr0.016_4epochs20iters_seed1",
@@ -100,6 +102,7 @@ class nnUNetTrainerDeformUX_k5(nnUNetTrainerDeformUX):
         "nnUNetTrainerDeformUX__AdamW",
         "nnUNetTrainerDeformUX_unmirrored_seed1",
         "nnUNetTrainerDeformUX_lr8e-3_AdamW",
+        "nnUNetTrainerDeformUX_AdamW_recompute",
         "nnUNetTrainerDeformUX_4epochs_lr8e-3",
         "nnUNetTrainerDeformUX_lr8e-3_lr8e-3",
         "nnUNetTrainerNobody_lr8e-3",
@@ -117,6 +120,22 @@ def test_a_rate_that_is_no_positive_number(rate) -> None:
         name = "nnUNetTrainerLightMedSeg" + suffixes.format(rate)
         with pytest.raises(AttributeError, match=f"^the learning rate '{rate}' after _lr is no positive"):
             find_trainer(name)
+
+
+def test_recompute_is_an_option_of_the_network() -> None:
+    assert find_trainer("nnUNetTrainerDeformUX_recompute_seed1").network_options == {"recompute": "blocks"}
+    base = trainers.nnUNetTrainerMAGICResEnc
+    assert find_trainer("nnUNetTrainerMAGICResEnc_recompute").network_options == {
+        **base.network_options,
+        "recompute": "blocks",
+    }
+    assert "recompute" not in base.network_options
+
+
+@pytest.mark.parametrize("base", ["nnUNetTrainer", "nnUNetTrainerNnFormer", "nnUNetTrainerPrimusV2_S"])
+def test_networks_that_recompute_no_blocks(base) -> None:
+    with pytest.raises(AttributeError, match=f"^the network of {base} does not recompute blocks; leave out _recompute"):
+        find_trainer(f"{base}_recompute_seed1")
 
 
 def test_built_in_names_win() -> None:
