@@ -138,6 +138,11 @@ def platform_tag() -> str:
     return sysconfig.get_platform().replace("-", "_").replace(".", "_").replace("linux", "manylinux_2_28")
 
 
+def test_the_workflow_lints_with_the_version_that_is_required_here():
+    (required,) = re.findall(r'"(ruff[^"]*)",', (ROOT / "pyproject.toml").read_text())
+    assert f'"{required}"' in (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+
+
 def test_the_workflow_runs_every_session_of_the_noxfile():
     yaml = pytest.importorskip("yaml", reason="needs the extra 'compare'")
     noxfile = (ROOT / "noxfile.py").read_text()

@@ -1,4 +1,4 @@
-"""3D convolutions of few channels as 2D ones, which ONNX Runtime computes 1.5 to 8 times as fast.
+"""3D convolutions of few channels as 2D ones, which ONNX Runtime computes faster.
 
 Its 3D convolution gathers all taps of all input channels and multiplies matrices, which costs the same however few
 output channels use them; its 2D convolution has kernels of its own. With the slices of the volume x as a batch and w_t
@@ -7,8 +7,8 @@ the t-th slice of the weight along depth,
     y[d] = sum_t conv2d(x[d + t - p], w_t) = sum_t shift_(t - p)(conv2d(x, w_t))[d],
 
 so all taps along depth are output channels of one 2D convolution, and these are shifted and summed. For a depthwise
-convolution it is one 2D convolution for each tap. With more channels than ``MOST_OUTPUTS`` nothing is won, measured on
-one thread of an AMD EPYC with ONNX Runtime 1.32 (``python benchmarks/predict_onnx.py`` has the networks' times).
+convolution it is one 2D convolution for each tap. From 32 output channels on nothing is won. What it does for whole
+networks: ``python benchmarks/predict_onnx.py``.
 """
 
 from collections.abc import Sequence
