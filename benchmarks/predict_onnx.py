@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -155,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = [compare(model, onnx_file, scans, threads) for threads in options.threads]
         rows += [{"network": network, **row} for row in found]
         print(rows[-len(found) :], file=sys.stderr)
-    options.output.write_text(json.dumps({"about": describe(), "scans": len(scans), "rows": rows}, indent=1) + "\n")
+    about = describe() | {"onnxruntime": version("onnxruntime")}
+    options.output.write_text(json.dumps({"about": about, "scans": len(scans), "rows": rows}, indent=1) + "\n")
     print(table(rows))
 
 
