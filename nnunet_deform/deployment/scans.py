@@ -309,6 +309,7 @@ class ScanPrediction:
             predictor.dataset_json,
             str(partial / case.name),
             self.probabilities,
+            torch.get_num_threads(),
         )
         # The first case brings what describes all of them.
         for path in sorted(partial.iterdir()):
