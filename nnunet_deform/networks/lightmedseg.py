@@ -35,7 +35,7 @@ Differences from the paper:
 - What the paper's text leaves open, such as norms in (2) and (8), is chosen so that its figures are met.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -518,6 +518,21 @@ class LightMedSeg(nn.Module):
             return Anchors(output) if isinstance(layer, AnchorDetector) else Routing(output.softmax(1))
 
         return recorded(self, x, layers, look) if layers else {}
+
+    def observe_maps(self, x: Tensor) -> dict[str, Tensor]:
+        """For images [B, C, *spatial], in evaluation mode: where there is the structural prior its texture (eq. 3),
+        its gate g and the weights of its two experts (4); of each decoder level the weights of the three branches
+        (17). The router's weights are among ``observe_operators``."""
+        layers: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {}
+        if isinstance(self.prior, LocalStructuralPrior):
+            layers["texture"] = (self.prior.texture, torch.sigmoid)
+            layers["gate"] = (self.prior.spatial_gate, lambda gate: gate)
+            layers["experts"] = (self.prior.weights, lambda logits: logits.softmax(1))
+        for stage, mix in enumerate(self.decoder.mixtures):
+            level = len(self.decoder.mixtures) - 1 - stage
+            layers[f"branches, level {level}"] = (mix.selector, lambda logits: logits.softmax(1))
+        named = {name: layer for name, (layer, _) in layers.items()}
+        return recorded(self, x, named, lambda name, _, __, output: layers[name][1](output))
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -245,6 +245,16 @@ class ObservableNetwork(Protocol):
         ...
 
 
+@runtime_checkable
+class MappedNetwork(Protocol):
+    """A network that has more to show than its log needs: maps that weigh or gate its features, for ``inspection``."""
+
+    def observe_maps(self, x: Tensor) -> dict[str, Tensor]:
+        """By name what it makes of images [B, C, *spatial], each map [B, N, *coarser or as fine], in [0, 1], in
+        evaluation mode and without gradients; the network is afterwards as it was."""
+        ...
+
+
 def recorded(
     network: nn.Module, x: Tensor, layers: Mapping[str, nn.Module], look: Callable[[str, nn.Module, Tensor, Any], T]
 ) -> dict[str, T]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -23,63 +19,18 @@ from nnunet_deform.comparison.parts import Part
 from nnunet_deform.comparison.ranking import Ranking
 from nnunet_deform.comparison.report.words import number_format, with_interval
 from nnunet_deform.comparison.verdicts import Contrast, Kind
+from nnunet_deform.pages import COLOURS, INK, STYLE, colour, new_figure, png_url, svg
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow and black; the blue is lighter, for
-# dark pages.
-_COLOURS = ("#1B86CF", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D31", "#7F7F7F")
-_INK = "#010203"  # replaced by the page's own text colour
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nnunet-deform",  # the same figure has the same identifiers in every run
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-}
 _VIOLIN_CASES = 2  # below, a density says nothing
-
-
-def colour(position: int) -> str:
-    return _COLOURS[position % len(_COLOURS)]
-
-
-def _svg(figure: Figure, name: str, alt: str) -> str:
-    """Inline SVG.
-
-    Args:
-        name: goes before identifiers, because all figures share the page's name space; alt: what the figure shows.
-    """
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    svg = stream.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(_INK, "currentColor")
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
-    # As wide as the page has room for, and no wider than drawn.
-    size = re.compile(r'width="([^"]+)pt" height="[^"]+pt"')
-    drawn = size.search(svg)
-    assert drawn is not None
-    return size.sub(f'style="max-width: {drawn[1]}pt" role="img" aria-label="{html.escape(alt)}"', svg, count=1)
-
-
-def _figure(width: float, height: float, **options: object) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(squeeze=False, **options)
 
 
 def verdicts(hypotheses: Sequence[Hypothesis], band: float | None, name: str) -> str:
     """The declared differences with their intervals, scaled to what can be compared; an arrow where one goes on."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         several = len({hypothesis.title for hypothesis in hypotheses}) > 1
         metric = next((METRICS[h.contrast.metric] for h in hypotheses if h.contrast is not None), None)
-        figure, ((axes,),) = _figure(9.2, 0.75 + (0.44 if several else 0.34) * len(hypotheses))
-        axes.axvline(0, color=_INK, linewidth=0.8)
+        figure, ((axes,),) = new_figure(9.2, 0.75 + (0.44 if several else 0.34) * len(hypotheses))
+        axes.axvline(0, color=INK, linewidth=0.8)
         if band is not None:
             axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
         left, right = _limits([h.contrast for h in hypotheses if _is_drawn(h)], band)
@@ -108,16 +59,16 @@ def verdicts(hypotheses: Sequence[Hypothesis], band: float | None, name: str) ->
         if metric is not None:
             axes.set_xlabel(f"difference in {_with_unit(metric)}, {_better(metric)} is better for the first")
         what = "Declared differences" if metric is None else f"Declared differences in {metric.name} with intervals"
-        return _svg(figure, name, f"{what}. {'; '.join(told)}.")
+        return svg(figure, name, f"{what}. {'; '.join(told)}.")
 
 
 # Colour, marker, and whether it is filled: the same things are told by shape and by colour.
 _VERDICTS = {
-    Kind.BETTER: (_COLOURS[2], "D", True),
-    Kind.EQUIVALENT: (_COLOURS[0], "s", True),
-    Kind.NO_DIFFERENCE: (_COLOURS[0], "o", False),
-    Kind.UNDECIDED: (_COLOURS[1], "D", False),
-    Kind.NOT_COMPARABLE: (_COLOURS[7], "x", False),
+    Kind.BETTER: (COLOURS[2], "D", True),
+    Kind.EQUIVALENT: (COLOURS[0], "s", True),
+    Kind.NO_DIFFERENCE: (COLOURS[0], "o", False),
+    Kind.UNDECIDED: (COLOURS[1], "D", False),
+    Kind.NOT_COMPARABLE: (COLOURS[7], "x", False),
 }
 
 
@@ -145,9 +96,9 @@ def _with_unit(metric: Metric) -> str:
 
 def distributions(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) -> str:
     """Violin, box and mean with its interval of each arm's case scores, scaled to the arms that learned."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         arms = analysis.arms
-        figure, ((axes,),) = _figure(9.2, 0.7 + 0.36 * len(arms))
+        figure, ((axes,),) = new_figure(9.2, 0.7 + 0.36 * len(arms))
         learned = [position for position, arm in enumerate(arms) if arm not in analysis.failed] or list(
             range(len(arms))
         )
@@ -156,7 +107,7 @@ def distributions(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) 
             scores, row, shade = metric.scores[position], len(arms) - position, colour(position)
             scores = scores[~np.isnan(scores)]
             _violin(axes, scores, row, shade, 0.85)
-            pen = {"color": _INK, "linewidth": 0.8}
+            pen = {"color": INK, "linewidth": 0.8}
             axes.boxplot(
                 [scores],
                 positions=[row],
@@ -165,7 +116,7 @@ def distributions(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) 
                 boxprops=pen,
                 whiskerprops=pen,
                 capprops=pen,
-                medianprops={"color": _INK, "linewidth": 1.4},
+                medianprops={"color": INK, "linewidth": 1.4},
                 flierprops={"marker": ".", "markersize": 2.5, "markeredgecolor": shade},
                 manage_ticks=False,
             )
@@ -179,7 +130,7 @@ def distributions(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) 
             f"median case {number_format(metric.metric)(float(np.nanmedian(metric.scores[p])))}"
             for p, arm in enumerate(arms)
         ]
-        return _svg(figure, name, f"{metric.metric.name} of cases by arm, mean with interval: {'; '.join(told)}.")
+        return svg(figure, name, f"{metric.metric.name} of cases by arm, mean with interval: {'; '.join(told)}.")
 
 
 def _violin(axes: Axes, values: np.ndarray, row: float, shade: str, width: float) -> None:
@@ -214,11 +165,11 @@ def _frame(axes: Axes, values: Sequence[float], metric: Metric, means: Sequence[
 
 def classes(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) -> str:
     """Each arm's mean on each class with its interval, a panel a class, scaled to the arms that learned it."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         arms, labels = analysis.arms, analysis.labels
         columns = min(3, len(labels))
         rows = -(-len(labels) // columns)
-        figure, grid = _figure(9.2, (0.75 + 0.21 * len(arms)) * rows, nrows=rows, ncols=columns, sharey=True)
+        figure, grid = new_figure(9.2, (0.75 + 0.21 * len(arms)) * rows, nrows=rows, ncols=columns, sharey=True)
         told = []
         for number, (axes, label) in enumerate(itertools.zip_longest(grid.flat, labels)):
             if label is None:
@@ -237,7 +188,7 @@ def classes(analysis: DatasetAnalysis, metric: MetricAnalysis, name: str) -> str
             numbers = map(number_format(metric.metric), means)
             told.append(f"{label}: " + ", ".join(f"{arm} {mean}" for arm, mean in zip(arms, numbers, strict=True)))
         figure.supxlabel(f"mean {_with_unit(metric.metric)}, {_better(metric.metric)} is better", fontsize=9)
-        return _svg(figure, name, f"Mean {metric.metric.name} of each class by arm. {'; '.join(told)}.")
+        return svg(figure, name, f"Mean {metric.metric.name} of each class by arm. {'; '.join(told)}.")
 
 
 def paired_differences(
@@ -249,7 +200,7 @@ def paired_differences(
 ) -> str:
     """Differences case by case, with mean and interval, of arms that learned; declared pairs first and filled, with the
     interval of their hypothesis where they have one."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         learned = set(analysis.arms) - set(analysis.failed)
         known = [pair for pair in declared if set(pair) <= learned]
         others = [
@@ -258,15 +209,15 @@ def paired_differences(
             if {c.first, c.second} <= learned and not {(c.first, c.second), (c.second, c.first)} & set(known)
         ]
         rows = [(pair, True) for pair in known] + [(pair, False) for pair in others]
-        figure, ((axes,),) = _figure(9.2, 0.75 + 0.27 * len(rows))
-        axes.axvline(0, color=_INK, linewidth=0.8)
+        figure, ((axes,),) = new_figure(9.2, 0.75 + 0.27 * len(rows))
+        axes.axvline(0, color=INK, linewidth=0.8)
         if band is not None:
             axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
         told = []
         for number, ((first, second), is_declared) in enumerate(rows):
             row, contrast = len(rows) - number, declared.get((first, second)) or metric.contrast(first, second)
             values = metric.case_differences(first, second)
-            shade = _COLOURS[0] if is_declared else _COLOURS[-1]
+            shade = COLOURS[0] if is_declared else COLOURS[-1]
             _violin(axes, values[~np.isnan(values)], row, shade, 0.9)
             axes.plot(contrast.interval, [row, row], color=shade, linewidth=2.5)
             axes.plot(contrast.mean, row, "D", color=shade, markersize=5, fillstyle="full" if is_declared else "none")
@@ -277,30 +228,31 @@ def paired_differences(
         labels = [f"{first} - {second}" for (first, second), _ in rows]
         axes.set_yticks(range(len(rows), 0, -1), labels)
         axes.set_xlabel(f"difference in {_with_unit(metric.metric)}")
-        return _svg(
+        return svg(
             figure, name, f"Differences in {metric.metric.name} of pairs, mean with interval: {'; '.join(told)}."
         )
 
 
 def parts(panels: Sequence[Part], metric: Metric, band: float | None, name: str) -> str:
     """The pairs' differences in several parts, a panel each, with intervals."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         pairs = list(dict.fromkeys((c.first, c.second) for part in panels for c in part.contrasts))
         columns = min(5, len(panels))
-        height = (0.7 + 0.24 * len(pairs)) * -(-len(panels) // columns)
-        figure, grid = _figure(9.2, height, nrows=-(-len(panels) // columns), ncols=columns, sharex=True, sharey=True)
+        rows = -(-len(panels) // columns)
+        height = (0.7 + 0.24 * len(pairs)) * rows
+        figure, grid = new_figure(9.2, height, nrows=rows, ncols=columns, sharex=True, sharey=True)
         told = []
         for axes, part in itertools.zip_longest(grid.flat, panels):
             if part is None:
                 axes.set_axis_off()
                 continue
-            axes.axvline(0, color=_INK, linewidth=0.8)
+            axes.axvline(0, color=INK, linewidth=0.8)
             if band is not None:
                 axes.axvspan(-band, band, color="#7F7F7F", alpha=0.25, linewidth=0)
             for contrast in part.contrasts:
                 row = len(pairs) - pairs.index((contrast.first, contrast.second))
-                axes.plot(contrast.interval, [row, row], color=_COLOURS[0], linewidth=2)
-                axes.plot(contrast.mean, row, "D", color=_COLOURS[0], markersize=4.5, fillstyle="none")
+                axes.plot(contrast.interval, [row, row], color=COLOURS[0], linewidth=2)
+                axes.plot(contrast.mean, row, "D", color=COLOURS[0], markersize=4.5, fillstyle="none")
             axes.set_title(part.name, fontsize=9, loc="left")
             axes.set_yticks(range(len(pairs), 0, -1), [f"{first} - {second}" for first, second in pairs])
             axes.set_ylim(0.4, len(pairs) + 0.6)
@@ -312,19 +264,19 @@ def parts(panels: Sequence[Part], metric: Metric, band: float | None, name: str)
         axes = grid[0, 0]
         axes.set_xlim(*_limits([c for part in panels for c in part.contrasts], band))
         figure.supxlabel(f"difference in {_with_unit(metric)}", fontsize=9)
-        return _svg(figure, name, f"Differences in {metric.name}, mean with interval: {'; '.join(told)}.")
+        return svg(figure, name, f"Differences in {metric.name}, mean with interval: {'; '.join(told)}.")
 
 
 def ranking_stability(arms: Sequence[str], ranking: Ranking, name: str) -> str:
     """How often each arm has each rank over the bootstrap samples; the ring is its rank in the whole sample."""
-    with matplotlib.rc_context(_STYLE):
-        figure, ((axes,),) = _figure(1.8 + 0.62 * len(arms), 0.8 + 0.42 * len(arms))
+    with matplotlib.rc_context(STYLE):
+        figure, ((axes,),) = new_figure(1.8 + 0.62 * len(arms), 0.8 + 0.42 * len(arms))
         order = np.argsort(ranking.ranks, kind="stable")
         for row, arm in enumerate(order):
             for place, share in enumerate(ranking.frequencies[arm]):
                 if share > 0:
                     axes.scatter(place + 1, -row, s=330 * share, color=colour(arm), linewidths=0)
-            axes.scatter(ranking.ranks[arm], -row, s=330, facecolors="none", edgecolors=_INK, linewidths=0.7)
+            axes.scatter(ranking.ranks[arm], -row, s=330, facecolors="none", edgecolors=INK, linewidths=0.7)
         axes.set_yticks([-row for row in range(len(arms))], [arms[arm] for arm in order])
         axes.set_xticks(range(1, len(arms) + 1))
         axes.set_xlim(0.4, len(arms) + 0.6)
@@ -335,7 +287,7 @@ def ranking_stability(arms: Sequence[str], ranking: Ranking, name: str) -> str:
             f"{ranking.rank_interval[1, arm]:g}"
             for arm in order
         ]
-        return _svg(figure, name, f"Ranks in the whole sample and in 95 % of bootstrap samples: {'; '.join(told)}.")
+        return svg(figure, name, f"Ranks in the whole sample and in 95 % of bootstrap samples: {'; '.join(told)}.")
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
@@ -353,7 +305,7 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
 
 def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str, Cost], name: str) -> str:
     """Mean score with its interval against each cost; the dashed line joins the arms nobody beats in both."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         arms = [arm for arm in analysis.arms if arm in costs]
         where = [analysis.arms.index(arm) for arm in arms]
         panels = (
@@ -362,7 +314,7 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
             ("multiply-adds per patch (G)", [costs[arm].macs / 1e9 for arm in arms]),
             ("peak memory of a step (GB)", [costs[arm].peak_bytes / 1e9 for arm in arms]),
         )
-        figure, grid = _figure(9.2, 4.6, nrows=2, ncols=2, sharey=True)
+        figure, grid = new_figure(9.2, 4.6, nrows=2, ncols=2, sharey=True)
         sign, told = 1 if metric.metric.higher_is_better else -1, []
         for axes, (label, values) in zip(grid.flat, panels, strict=True):
             for arm, position, value in zip(arms, where, values, strict=True):
@@ -381,7 +333,7 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
                 [values[p] for p in front],
                 [metric.means[where[p]] for p in front],
                 linestyle="--",
-                color=_INK,
+                color=INK,
                 linewidth=0.8,
                 zorder=0,
             )
@@ -394,15 +346,15 @@ def pareto(analysis: DatasetAnalysis, metric: MetricAnalysis, costs: Mapping[str
         for axes in grid[:, 0]:
             axes.set_ylabel(f"mean {metric.metric.name}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        return _svg(
+        return svg(
             figure, name, f"Mean {metric.metric.name} against cost. Beaten by no other in both: {'; '.join(told)}."
         )
 
 
 def learning_curves(arms: Sequence[str], curves: Mapping[str, Sequence[Curve]], name: str) -> str:
     """Loss over epochs: each training thin; training solid, validation dashed."""
-    with matplotlib.rc_context(_STYLE):
-        figure, ((axes,),) = _figure(9.2, 3.0)
+    with matplotlib.rc_context(STYLE):
+        figure, ((axes,),) = new_figure(9.2, 3.0)
         told = []
         for position, arm in enumerate(arms):
             if ends := [(train[-1], validation[-1]) for _, train, validation in curves.get(arm, ())]:
@@ -416,7 +368,7 @@ def learning_curves(arms: Sequence[str], curves: Mapping[str, Sequence[Curve]], 
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss (validation dashed)")
         figure.legend(loc="outside lower center", ncols=4)
-        return _svg(
+        return svg(
             figure,
             name,
             f"Losses over epochs; at the end, mean of an arm's training and validation: {'; '.join(told)}.",
@@ -433,8 +385,8 @@ def operator_values(arms: Sequence[str], panels: Sequence[Panel], name: str) -> 
     Args:
         panels: title, limit or None, and by arm the epochs and values of each training.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, grid = _figure(9.2, 0.4 + 1.8 * len(panels), nrows=len(panels), sharex=True)
+    with matplotlib.rc_context(STYLE):
+        figure, grid = new_figure(9.2, 0.4 + 1.8 * len(panels), nrows=len(panels), sharex=True)
         labelled: set[str] = set()
         told = []
         for axes, (title, limit, curves) in zip(grid[:, 0], panels, strict=True):
@@ -452,7 +404,7 @@ def operator_values(arms: Sequence[str], panels: Sequence[Panel], name: str) -> 
                     )
                     labelled.add(arm)
             if limit is not None:
-                axes.axhline(limit, color=_INK, linestyle="--", linewidth=0.8)
+                axes.axhline(limit, color=INK, linestyle="--", linewidth=0.8)
             ends = {arm: np.median([v[-1] for _, v in curves[arm]]) for arm in arms if arm in curves}
             told.append(f"{title}: " + ", ".join(f"{arm} {end:.3g}" for arm, end in ends.items()))
             axes.set_ylim(bottom=0)
@@ -460,7 +412,7 @@ def operator_values(arms: Sequence[str], panels: Sequence[Panel], name: str) -> 
         grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         grid[-1, 0].set_xlabel("epoch")
         figure.legend(loc="outside lower center", ncols=4)
-        return _svg(figure, name, f"Over epochs; median of an arm's trainings at the end. {'; '.join(told)}.")
+        return svg(figure, name, f"Over epochs; median of an arm's trainings at the end. {'; '.join(told)}.")
 
 
 def overlay(
@@ -488,6 +440,4 @@ def overlay(
             else:
                 axes.contour(xs, ys, mask, levels=[0.5], colors=[colour(position)], linewidths=1.4)
     axes.set_axis_off()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return png_url(figure)

@@ -21,6 +21,7 @@ from nnunet_deform.comparison.report.sections import DatasetParts, dataset_secti
 from nnunet_deform.comparison.report.tables import hypothesis_cells
 from nnunet_deform.comparison.report.words import p_value, scope, sentence, summary
 from nnunet_deform.comparison.trainings import now
+from nnunet_deform.pages import style
 
 
 def render(content: ReportContent, parts: Sequence[DatasetParts]) -> str:
@@ -35,7 +36,7 @@ def render(content: ReportContent, parts: Sequence[DatasetParts]) -> str:
         content=content,
         date=now(),
         version=__version__,
-        style=_text("style.css"),
+        style=style(),
         script=_text("page.js"),
         scope=scope(analysis),
         summary=summary(analysis),

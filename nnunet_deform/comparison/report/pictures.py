@@ -13,6 +13,7 @@ from nnunet_deform.comparison.analysis import DatasetAnalysis, MetricAnalysis
 from nnunet_deform.comparison.report import figures
 from nnunet_deform.comparison.report.content import DatasetContent, Volumes
 from nnunet_deform.comparison.report.words import number_format
+from nnunet_deform.pages import colour
 
 
 def read_volumes(image: Path, truth: Path, prediction: Path, reader: BaseReaderWriter) -> Volumes:
@@ -135,6 +136,6 @@ def legend(content: DatasetContent) -> list[tuple[str, list[str]]]:
     """Name and colours of each class; of a region those of its parts."""
     values = list(label_values(content))
     return [
-        (name, [figures.colour(values.index(v)) for v in ([value] if isinstance(value, int) else value)])
+        (name, [colour(values.index(v)) for v in ([value] if isinstance(value, int) else value)])
         for name, value in content.labels.items()
     ]
