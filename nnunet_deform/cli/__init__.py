@@ -17,6 +17,7 @@ from nnunet_deform.cli import (
     enable,
     env,
     export,
+    inspect,
     plan,
     predict_onnx,
     score,
@@ -28,7 +29,7 @@ from nnunet_deform.cli import (
 _COMMANDS = {
     "Set up": (enable.enable, disable.disable, env.env, status.status, selftest.selftest, demo.demo),
     "Before training": (check_images.check_images, plan.plan),
-    "After training": (export.export, predict_onnx.predict_onnx, score.score),
+    "After training": (export.export, predict_onnx.predict_onnx, inspect.inspect, score.score),
 }
 
 app = typer.Typer(

@@ -44,26 +44,26 @@ def grad_cam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def levels(network: nn.Module, x: Tensor) -> list[Layer]:
-    """The last layer at each resolution, coarsest first; layers that give the logits themselves are not among them.
+    """The last block at each resolution, coarsest first. A block is a module of several; a single layer stands in where
+    a resolution has no block. Modules that give the logits themselves are not among them.
 
     Args:
         x: an image, [1, C, *spatial].
     """
-    seen: list[tuple[str, Tensor]] = []
+    seen: list[tuple[nn.Module, Tensor]] = []
     names = {module: name for name, module in network.named_modules()}
 
     def record(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[0] == x.shape[0]:
-            seen.append((names[module], output))
+            seen.append((module, output))
 
     with torch.no_grad(), _hooked(list(names), record):
         logits = network(x)
     storage = logits.untyped_storage().data_ptr()
-    last = {
-        tuple(output.shape[2:]): name
-        for name, output in seen
-        if output.untyped_storage().data_ptr() != storage and name
-    }
+    before = [(m, output) for m, output in seen if names[m] and output.untyped_storage().data_ptr() != storage]
+    last: dict[tuple[int, ...], str] = {}
+    for blocks in (False, True):
+        last |= {tuple(o.shape[2:]): names[m] for m, o in before if any(True for _ in m.children()) == blocks}
     return [Layer(name, size) for size, name in sorted(last.items(), key=lambda item: torch.Size(item[0]).numel())]
 
 

@@ -49,10 +49,10 @@ class Model:
         from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
         p = self.predictor
-        trainer = recursive_find_trainer_class_by_name(p.trainer_name)
         channels = determine_num_input_channels(p.plans_manager, p.configuration_manager, p.dataset_json)
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
             torch.manual_seed(0)
+            trainer = recursive_find_trainer_class_by_name(p.trainer_name)
             network = trainer.build_network_architecture(
                 *(p.plans_manager, p.configuration_manager, channels, p.label_manager.num_segmentation_heads),
                 enable_deep_supervision=False,
@@ -101,12 +101,15 @@ def load_model(
             predictor.initialize_from_trained_model_folder(str(folder), (fold,), checkpoint)
     except Exception as error:
         raise InspectionError(
-            f"{weights} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "nnUNetv2_predict would fail alike."
+            f"{weights} cannot be loaded ({_one_line(error)}); nnUNetv2_predict would fail alike."
         ) from error
     network = getattr(predictor.network, "_orig_mod", predictor.network)  # of torch.compile
     predictor.network = network.to(predictor.device).requires_grad_(False).eval()
     return Model(folder.name, predictor, _heads(predictor))
+
+
+def _one_line(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[-1:]])
 
 
 def _heads(predictor: Any) -> dict[str, int]:
@@ -187,7 +190,7 @@ def read_case(
     if configuration.previous_stage_name is not None and (previous is None or not previous.is_file()):
         raise InspectionError(
             f"{model.name} is the second stage of a cascade and needs the prediction of {name} by "
-            f"{configuration.previous_stage_name}; predict it with nnUNetv2_predict, and give its folder with --previous."
+            f"{configuration.previous_stage_name}; make it with nnUNetv2_predict, and give its folder with --previous."
         )
     reader = p.plans_manager.image_reader_writer_class()
     if type(reader).__name__.endswith("Reorient"):
@@ -203,10 +206,8 @@ def read_case(
                 list(files), None if before is None else str(before), p.plans_manager, configuration, p.dataset_json
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise InspectionError(
-            f"case {name} cannot be read ({reason[-1] if reason else type(error).__name__}); look at its files with "
-            "nnunet-deform check-images."
+            f"case {name} cannot be read ({_one_line(error)}); look at its files with nnunet-deform check-images."
         ) from error
     if truth is not None:
         _check_truth(p, name, labels, truth, image.shape[1:])

@@ -35,10 +35,10 @@ def image() -> Tensor:
     return x
 
 
-def test_levels_are_the_last_layers_before_the_logits(image: Tensor) -> None:
+def test_levels_are_the_last_blocks_before_the_logits(image: Tensor) -> None:
     found = levels(TwoLevels(), image)
-    # The upsampled features are the last at full resolution, and not the head that follows.
-    assert [(layer.name, layer.size) for layer in found] == [("coarse", (4, 4)), ("up", (8, 8))]
+    # The block is the last at full resolution, whatever layers and heads follow.
+    assert [(layer.name, layer.size) for layer in found] == [("coarse", (4, 4)), ("fine", (8, 8))]
 
 
 def test_a_hand_made_network_has_the_map_it_must_have(image: Tensor) -> None:
