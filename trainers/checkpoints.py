@@ -3,11 +3,13 @@
 import json
 import os
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
 
 from nnunet_deform import __version__
 
@@ -62,7 +64,22 @@ class AtomicCheckpoints(nnUNetTrainer):
                     f"WARNING: {checkpoint} was written by nnunet-deform {trained_with}, this is "
                     f"{__version__}; the changelog says whether networks or recipes have changed."
                 )
-        super().load_checkpoint(checkpoint)
+        if not self.was_initialized:
+            self.initialize()
+        with _one_state_dict(self.network):
+            super().load_checkpoint(checkpoint)
+
+
+@contextmanager
+def _one_state_dict(network: nn.Module) -> Iterator[None]:
+    """nnU-Net makes one for each weight that it loads: ten seconds and more where there are a thousand."""
+    state = network.state_dict()
+    # Past a compiled network's __setattr__, which hands on to what was compiled.
+    vars(network)["state_dict"] = lambda: state
+    try:
+        yield
+    finally:
+        del vars(network)["state_dict"]
 
 
 def _record_versions(path: str) -> None:
