@@ -159,6 +159,7 @@ def test_status_when_not_active(run, pth):
 
 
 def test_status_when_a_path_points_nowhere(run, pth, monkeypatch):
+    monkeypatch.setattr(trainers, "__all__", ["nnUNetTrainerDeformUX", "nnUNetTrainerMAGIC"])
     monkeypatch.setenv(activation.VARIABLE, os.pathsep.join(["/nowhere/at [all]", OURS]))
     result = run("status")
     assert result.exit_code == 1
@@ -166,6 +167,7 @@ def test_status_when_a_path_points_nowhere(run, pth, monkeypatch):
 
 
 def test_status_when_another_copy_shadows_ours(run, pth, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainers, "__all__", ["nnUNetTrainerDeformUX", "nnUNetTrainerMAGIC"])
     copy = tmp_path / "copied_trainers.py"
     copy.write_text(
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"

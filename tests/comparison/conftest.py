@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import html
 import sys
 from pathlib import Path
 
 import pytest
 
+from nnunet_deform.comparison.report import figures
 from nnunet_deform.comparison.workflow import write
 from nnunet_deform.processes import commands
 
@@ -50,6 +52,14 @@ def undisturbed(fakes, tmp_path_factory) -> Trial:
         trial.write()
         assert trial.run() == []
     return trial
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Figures are not drawn, which takes half of a report's time; test_report and test_figures look at drawn ones."""
+    monkeypatch.setattr(
+        figures, "_svg", lambda figure, name, alt: f'<svg role="img" aria-label="{html.escape(alt)}"></svg>'
+    )
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from nnunet_deform.comparison.run import Comparison
 from nnunet_deform.comparison.trainings import TrainingError
 from nnunet_deform.processes.commands import Interrupts
 
-pytestmark = pytest.mark.usefixtures("use_fakes")
+pytestmark = pytest.mark.usefixtures("use_fakes", "undrawn")
 
 
 @pytest.fixture

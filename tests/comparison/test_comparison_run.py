@@ -38,7 +38,7 @@ from nnunet_deform.comparison.trainings import (
 )
 from nnunet_deform.processes.commands import Interrupts
 
-pytestmark = pytest.mark.usefixtures("use_fakes")
+pytestmark = pytest.mark.usefixtures("use_fakes", "undrawn")
 
 DRIVER = """
 import signal, sys

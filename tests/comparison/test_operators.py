@@ -119,6 +119,7 @@ def test_the_figure_has_a_line_for_each_training_and_the_limit():
     assert lines({"B": [long]}, 0.01) == (2, 1)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_shows_them_and_cautions(trial):
     trial.change("trainer: nnUNetTrainer_AdamW, plans: nnUNetResEncUNetMPlans", "trainer: nnUNetTrainerDeformUX_opOff")
     trial.change("seeds: {first: 1, repeats: [2, 3], folds: [0], arms: [stock, DeformUX]}", "seeds: {first: 1}")

@@ -101,7 +101,7 @@ def test_equations_and_every_gradient(ndim: int, options: dict[str, Any], conv_i
 @pytest.mark.parametrize("routing", ["input", "sampled"])
 def test_gradcheck(routing: str):
     layer = stirred(DDConv2d(2, 2, 3, padding=1, n_kernels=2, routing=routing).double(), 0.2)
-    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in layer.named_parameters()]
 
     def function(x: Tensor, *values: Tensor) -> Tensor:

@@ -88,9 +88,9 @@ class Plan:
 
 def unet_arguments(name: str, levels: int, ndim: int) -> dict[str, Any]:
     """The further arguments of nnU-Net's own U-Nets."""
-    encoder = {"n_blocks_per_stage": [1] * levels} if "Residual" in name else {"n_conv_per_stage": [2] * levels}
+    key, last = ("n_blocks_per_stage", 1) if "Residual" in name else ("n_conv_per_stage", 2)
     return {
-        **encoder,
+        key: [1] * (levels - 1) + [last],
         "n_conv_per_stage_decoder": [1] * (levels - 1),
         "conv_bias": True,
         "norm_op": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim],
@@ -113,6 +113,7 @@ ISOTROPIC = plan("3d", (8, 12, 8), [(2, 2, 2)] * 2, (8, 16, 24))
 ANISOTROPIC = plan("anisotropic", (4, 12, 16), [(1, 2, 2), (2, 2, 2)], (8, 16, 24), flat=1)
 TWO_DIMENSIONAL = plan("2d", (24, 16), [(2, 2)] * 3, (8, 16, 24, 32))
 TWO_LEVELS = plan("two-levels", (6, 8, 6), [(2, 2, 2)], (8, 16))
+TWO_LEVELS_2D = plan("2d-two-levels", (12, 8), [(2, 2)], (8, 16))
 SMALL_PLANS = [ISOTROPIC, ANISOTROPIC, TWO_DIMENSIONAL]
 
 PAPER_WIDTHS = (48, 96, 192, 384, 768)

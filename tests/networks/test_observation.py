@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from network_cases import ANISOTROPIC, ISOTROPIC, SMALL_PLANS, TWO_DIMENSIONAL, Plan, every_case, stir
+from network_cases import ANISOTROPIC, ISOTROPIC, SMALL_PLANS, TWO_DIMENSIONAL, TWO_LEVELS_2D, Plan, every_case, stir
 from torch import Tensor, nn
 
 from nnunet_deform.layers import AnchorDetector, DeformConv
@@ -105,8 +105,8 @@ def test_it_needs_no_gradients_and_works_under_autocast(name: str):
 @every_case
 def test_a_compiled_network_is_not_compiled_again(name: str):
     torch.compiler.reset()
-    network = stir(TWO_DIMENSIONAL.network(name))
-    images = TWO_DIMENSIONAL.image(batch=2)
+    network = stir(TWO_LEVELS_2D.network(name))
+    images = TWO_LEVELS_2D.image(batch=2)
     compiled = torch.compile(network, backend="eager")
     network.eval()
     with torch.no_grad():

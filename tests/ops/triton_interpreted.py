@@ -69,13 +69,13 @@ def check(tensors, spatial, grad_output) -> list[Tensor | None]:
 
 
 CASES = [
-    pytest.param(dict(batch=2, channels=5, size=(3, 4), kernel=(2, 3), padding=1), id="2d-C5"),
+    pytest.param(dict(batch=2, channels=5, size=(3, 4), kernel=(1, 2), padding=1), id="2d-C5"),
     pytest.param(dict(batch=1, channels=1, size=(3, 3), kernel=(3, 3), padding=1, spread=None), id="2d-C1-integers"),
     pytest.param(dict(batch=1, channels=7, size=(5, 4), kernel=(1, 2), stride=(2, 1), padding=(0, 2)), id="2d-C7"),
     pytest.param(dict(batch=1, channels=20, size=(2, 3), kernel=(2, 1), padding=1), id="2d-C20"),
     pytest.param(dict(batch=1, channels=48, size=(2, 3), kernel=(1, 2), dilation=(1, 2), padding=(0, 1)), id="2d-C48"),
     pytest.param(dict(batch=1, channels=6, size=(1, 4), kernel=(2, 1), padding=(1, 0), groups=3), id="2d-groups"),
-    pytest.param(dict(batch=1, channels=3, size=(2, 3, 4), kernel=(2, 1, 2), padding=(1, 0, 1)), id="3d-C3"),
+    pytest.param(dict(batch=1, channels=3, size=(2, 3, 2), kernel=(2, 1, 1), padding=(1, 0, 1)), id="3d-C3"),
     pytest.param(
         dict(batch=2, channels=4, size=(3, 2, 2), kernel=(1, 2, 1), stride=(2, 1, 2), padding=(1, 1, 0),
              dilation=(1, 2, 1), groups=2), id="3d-stride-dilation-groups",

@@ -1,4 +1,4 @@
-"""The whole life of a model in nnU-Net, in eight scenarios: the four main trainers, and with ``-m slow`` all others."""
+"""The whole life of a model in nnU-Net, in eight scenarios: the main trainers, and with ``-m slow`` all others."""
 
 import itertools
 import json
@@ -31,11 +31,23 @@ LARGER = [
     "nnUNetTrainerNnFormer_96",
     "nnUNetTrainerUNesT_L",
 ]
-all_trainers = pytest.mark.parametrize(
-    "name",
+# Its encoder sees neither labels nor a cascade's other stage; test_trainer_contract trains it with regions.
+RESENC = {"isotropic", "anisotropic", "2d"}
+
+
+def quick(name: str, scenario: str) -> bool:
+    return name in MAIN and (name != "nnUNetTrainerMAGICResEnc" or scenario in RESENC)
+
+
+all_lives = pytest.mark.parametrize(
+    ("scenario", "name"),
     [
-        *MAIN,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in trainers.__all__ if name not in (*MAIN, *LARGER)),
+        pytest.param(
+            scenario, name, id=f"{scenario.id}-{name}", marks=() if quick(name, scenario.id) else pytest.mark.slow
+        )
+        for scenario in SCENARIOS.values()
+        for name in trainers.__all__
+        if name not in LARGER
     ],
 )
 # The first three have options that choose among three axes.
@@ -97,8 +109,7 @@ def check_validation(folder: Path, scenario: Scenario, fold: int, cases: Sequenc
         assert (segmentation == expected).mean() > 0.999
 
 
-@all_trainers
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=str)
+@all_lives
 def test_train_validate_continue_predict_share(workplace, monkeypatch, tmp_path, name, scenario) -> None:
     root = workplace(scenario)
     # Validation with mirroring is eight times the work; the mean over all mirrorings has a test of its own below.

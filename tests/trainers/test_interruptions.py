@@ -1,4 +1,4 @@
-"""Killed at any time, the same command again finishes, as if nothing had been."""
+"""Stopped at any time, the same command again finishes, as if nothing had been."""
 
 import contextlib
 import multiprocessing
@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from phantoms import SCENARIOS
+from stock_prediction import predictor_of
 
 DATASET = "Dataset999_Phantom"
 TRAINER = "nnUNetTrainerLightMedSeg_4epochs2iters_seed0"
@@ -78,6 +83,92 @@ def all_threads():
     torch.set_num_threads(before)
 
 
+class Stopped(BaseException):
+    """No error that anybody handles."""
+
+
+@contextlib.contextmanager
+def stopped_at(owner: Any, method: str, happened: Callable[..., bool]) -> Iterator[None]:
+    """Leaves what calls the method when its arguments are such, instead of the call."""
+    original = getattr(owner, method)
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        if happened(*arguments):
+            raise Stopped
+        return original(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, stop)
+        try:
+            yield
+        except Stopped:
+            return
+    raise AssertionError(f"{method} was not stopped")
+
+
+def test_stopped_in_training_validation_and_prediction(workplace, monkeypatch, tmp_path) -> None:
+    root = workplace(SCENARIOS["ignore"])
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "undisturbed"))
+    run_training("999", "3d_fullres", 0, TRAINER, device=torch.device("cpu"))
+    undisturbed = tmp_path / "undisturbed" / MODEL
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    model = tmp_path / "results" / MODEL
+    fold = model / "fold_0"
+
+    def go_on() -> None:
+        run_training("999", "3d_fullres", 0, TRAINER, device=torch.device("cpu"), continue_training=True)
+
+    with stopped_at(nnUNetTrainer, "train_step", lambda trainer, batch: trainer.current_epoch == 2):
+        go_on()
+    assert (fold / "checkpoint_latest.pth").is_file()
+    assert not (fold / "checkpoint_final.pth").exists()
+    seen = set(fold.glob("training_log_*.txt"))
+    time.sleep(1)  # logs are named by the second
+    with stopped_at(nnUNetPredictor, "predict_sliding_window_return_logits", lambda *_: True):
+        go_on()
+    (second_log,) = set(fold.glob("training_log_*.txt")) - seen
+    # The epoch that was stopped is the first to run again: nothing before it is lost.
+    assert re.findall(r"Epoch (\d+) *\n", second_log.read_text()) == ["2", "3"]
+    assert not (fold / "validation" / "summary.json").exists()
+    go_on()
+    check_equal(model, undisturbed)
+
+    output = tmp_path / "predicted"
+    images = root / "raw" / DATASET / "imagesTr"
+
+    def predict() -> None:
+        predictor_of(model, mirroring=True).predict_from_files_sequential(str(images), str(output))
+
+    output.mkdir()
+    before = contents(fold)
+    with stopped_at(predict_from_raw_data, "export_prediction_from_logits", lambda *_: any(output.glob("case_*.gz"))):
+        predict()
+    assert len(list(output.glob("case_*.nii.gz"))) == 1
+    predict()
+    assert contents(fold) == before
+    check_predictions(output, fold)
+
+
+def check_equal(model: Path, undisturbed: Path) -> None:
+    """Weights, and what validation wrote."""
+    one, other = weights(model / "fold_0"), weights(undisturbed / "fold_0")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for name in ("case_0.nii.gz", "summary.json"):
+        written, expected = ((f / "fold_0" / "validation" / name).read_text("latin-1") for f in (model, undisturbed))
+        assert written.replace(str(model), str(undisturbed)) == expected
+    assert not list((model / "fold_0").glob("*.partial"))
+    assert (model / "fold_0" / "progress.png").exists()
+
+
+def check_predictions(output: Path, fold: Path) -> None:
+    """Of all cases; validation and prediction of one case are one and the same."""
+    predicted = {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in output.glob("case_*.nii.gz")}
+    assert sorted(predicted) == [f"case_{case}.nii.gz" for case in range(4)]
+    validated = sitk.GetArrayFromImage(sitk.ReadImage(str(fold / "validation" / "case_0.nii.gz")))
+    assert np.array_equal(predicted["case_0.nii.gz"], validated)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is POSIX")
 def test_killed_in_training_validation_and_prediction(workplace, monkeypatch, tmp_path, all_threads) -> None:
     root = workplace(SCENARIOS["ignore"])
@@ -104,12 +195,7 @@ def test_killed_in_training_validation_and_prediction(workplace, monkeypatch, tm
     assert not (fold / "validation" / "summary.json").exists()
     train().finish()
 
-    one, other = weights(fold), weights(undisturbed / "fold_0")
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    for name in ("case_0.nii.gz", "summary.json"):
-        written, expected = ((f / "fold_0" / "validation" / name).read_text("latin-1") for f in (model, undisturbed))
-        assert written.replace(str(model), str(undisturbed)) == expected
-    assert not list(fold.glob("*.partial"))
+    check_equal(model, undisturbed)
     assert (fold / "progress.png").read_bytes().startswith(b"\x89PNG")
     assert contents(model / "fold_1") == finished_fold
 
@@ -121,8 +207,4 @@ def test_killed_in_training_validation_and_prediction(workplace, monkeypatch, tm
     before = contents(fold)
     Command(*predict, "-nps", "1").finish()
     assert contents(fold) == before
-    predicted = {path.name: sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in output.glob("case_*.nii.gz")}
-    assert sorted(predicted) == [f"case_{case}.nii.gz" for case in range(4)]
-    validated = sitk.GetArrayFromImage(sitk.ReadImage(str(fold / "validation" / "case_0.nii.gz")))
-    # Validation and prediction of one case are one and the same.
-    assert np.array_equal(predicted["case_0.nii.gz"], validated)
+    check_predictions(output, fold)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_deform import networks, trainers
-from nnunet_deform.plans import deformux
+from nnunet_deform.plans import deformux, dynamic
 from nnunet_deform.trainers.variants import find_trainer
 
 OURS = [name for name in trainers.__all__ if name not in (*trainers.BASELINES, *trainers.RIVALS)]
@@ -29,6 +29,7 @@ plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
+    monkeypatch.setattr(dynamic, "RESIDUAL_BLOCKS", (1, 2))
 
 
 def started(trainer: nnUNetTrainer) -> nnUNetTrainer:
