@@ -58,4 +58,4 @@ class OperatorReport(nnUNetTrainer):
         try:
             write_epoch(file, self.current_epoch, values)
         except OSError as error:
-            self.print_to_log_file(f"WARNING: cannot write {file} ({error}); the training goes on without it.")
+            self.print_to_log_file(f"WARNING: cannot write {file} ({error}); the training continues without it.")

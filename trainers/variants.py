@@ -142,7 +142,7 @@ def _learning_rate(spelling: str) -> float:
     rate = float(spelling) if _RATE.fullmatch(spelling) else math.nan
     if not 0 < rate < math.inf:
         raise VariantError(
-            f"the learning rate {spelling!r} after _lr is no positive number; write one such as 8e-3 or 0.008."
+            f"the learning rate {spelling!r} after _lr is not a positive number; write one such as 8e-3 or 0.008."
         )
     return rate
 

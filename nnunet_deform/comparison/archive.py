@@ -219,7 +219,7 @@ def _read_contents(folder: Path) -> dict[str, Any]:
         contents = dict(read_json(file))
         form, _ = contents["format"], contents["name"]
     except (ValueError, TypeError, KeyError):
-        raise _damaged(file, "it is no JSON with a format and a name") from None
+        raise _damaged(file, "it is not JSON with a format and a name") from None
     if form != FORMAT:
         raise ArchiveError(f"{file} has format {form!r}; this version reads {FORMAT}.")
     return contents
@@ -257,7 +257,7 @@ class _Reading:
             losses = tuple(content["losses"])
             history = {int(epoch): values for epoch, values in content["operators"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise _damaged(file, "it is no JSON with record, losses and operators") from None
+            raise _damaged(file, "it is not JSON with record, losses and operators") from None
         self._compare_origin(training, record)
         self.records[training] = record
         if losses[0]:
@@ -294,7 +294,7 @@ class _Reading:
             try:
                 self.costs[arm_key] = Cost(**read_json(file))
             except (ValueError, TypeError):
-                raise _damaged(file, "it is no JSON with the figures of a cost") from None
+                raise _damaged(file, "it is not JSON with the figures of a cost") from None
 
     def add_test(self, training: Training, alone: bool, file: Path) -> None:
         """

@@ -156,7 +156,7 @@ class Arm(_Strict):
     @classmethod
     def _without_length_or_seed(cls, trainer: str) -> str:
         if not _TRAINER.fullmatch(trainer) or "__" in trainer:
-            raise ValueError(f"{trainer!r} is no trainer's name; they begin with nnUNetTrainer and have no '__'.")
+            raise ValueError(f"{trainer!r} is not a trainer's name; they begin with nnUNetTrainer and have no '__'.")
         if found := _LENGTH_OR_SEED.search(trainer):
             raise ValueError(
                 f"{trainer!r} fixes {found[0]!r} by name; write the trainer without it, because length, seeds and "

@@ -223,7 +223,7 @@ def describe(outlook: Outlook) -> list[str]:
 
 def _describe_power(outlook: Outlook, power: Power) -> Iterator[str]:
     pairs = ", ".join(" - ".join(pair) for pair in power.hypotheses)
-    patients = f"{power.patients} patients" if power.grouped else f"{power.patients} cases, each taken for a patient"
+    patients = f"{power.patients} patients" if power.grouped else f"{power.patients} cases, each counted as a patient"
     first, last = power.seeds[0], power.seeds[-1]
     shape = _shape(first) if first == last else f"{_shape(first)} and {_shape(last)}"
     yield f"{power.dataset}, {pairs}: {patients}; {shape} an arm."

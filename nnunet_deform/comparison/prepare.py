@@ -73,7 +73,7 @@ def find_dataset(dataset: Dataset, folders: Folders) -> DatasetFolders:
         ending, of_labels = str(description["file_ending"]), dict(description["labels"])
     except (ValueError, TypeError, KeyError):
         raise PreparationError(
-            f"{raw / 'dataset.json'} is damaged: it is no JSON with labels and file_ending."
+            f"{raw / 'dataset.json'} is damaged: it is not JSON with labels and file_ending."
         ) from None
     cases, test_cases = (
         tuple(sorted(path.name.removesuffix(ending) for path in (raw / part).glob(f"*{ending}")))
@@ -219,7 +219,7 @@ def _configuration(plans: Path, name: str) -> dict[str, Any]:
     try:
         configurations = dict(read_json(plans)["configurations"])
     except (ValueError, TypeError, KeyError):
-        raise PreparationError(f"{plans} is damaged: it is no JSON with configurations.") from None
+        raise PreparationError(f"{plans} is damaged: it is not JSON with configurations.") from None
     if name not in configurations:
         raise PreparationError(f"{plans} has no configuration {name!r}; it has {sorted(configurations)}.")
     configuration = dict(configurations[name])
@@ -252,7 +252,7 @@ def _batch_copy(found: DatasetFolders, base: str, batch_size: int, configuration
     file = found.plans_file(plans["plans_name"])
     if file.exists() and read_json(file) != json.loads(json.dumps(plans)):
         raise PreparationError(
-            f"{file} is no copy of {base} with batch {batch_size}: one of the two has changed since. Move the copy "
+            f"{file} is not a copy of {base} with batch {batch_size}: one of the two has changed since. Move the copy "
             "away, with all results that rest on it."
         )
     return file, plans

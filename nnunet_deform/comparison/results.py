@@ -146,8 +146,8 @@ def read_source(
         return _read_model(folder, folds)
     if labels is None:
         raise ResultsError(
-            f"{given} is no model folder of nnU-Net, it has no fold_0 or other fold; for a folder of predictions give "
-            "the folder of labels with --labels."
+            f"{given} is not a model folder of nnU-Net: it has no fold_0 or other fold; for a folder of predictions "
+            "give the folder of labels with --labels."
         )
     if folds:
         raise ResultsError(f"{given} is a folder of predictions, which has no folds; leave --fold out.")
@@ -296,7 +296,7 @@ def find_results(
     if primary not in METRICS:
         raise ResultsError(f"there is no metric {primary}; choose one of {', '.join(METRICS)}.")
     if band is not None and not 0 < band < np.inf:
-        raise ResultsError(f"the band {band:g} is no positive number.")
+        raise ResultsError(f"the band {band:g} is not a positive number.")
     full_name = None if dataset is None else find_dataset_name(dataset)
     sources = [
         read_source(path, dataset=full_name, labels=labels, dataset_json=dataset_json, folds=folds) for path in folders
@@ -352,7 +352,7 @@ def _refuse_unlike(first: Source, other: Source) -> None:
     if first.is_model != other.is_model:
         model, predictions = (first, other) if first.is_model else (other, first)
         raise ResultsError(
-            f"{model.folder} is a model folder and {predictions.folder} a folder of predictions; give only one sort."
+            f"{model.folder} is a model folder and {predictions.folder} a folder of predictions; give only one kind."
         )
     if first.dataset != other.dataset:
         raise ResultsError(f"{first.folder} is of {first.dataset} and {other.folder} of {other.dataset}.")

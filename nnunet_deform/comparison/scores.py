@@ -1,8 +1,8 @@
 """Scores of one dataset as arrays, by arm, training and patient, whatever trained and collected them.
 
-One rule for structures that are absent from the truth: who leaves one out has the metric's best value, who draws one
-has its worst. It is a score of each prediction by itself, so that means of arms differ by exactly the mean difference
-of their pair, and no arm's score depends on what others did.
+One rule for structures that are absent from the truth: a prediction that leaves one out has the metric's best value,
+one that draws it has its worst. It is a score of each prediction by itself, so that means of arms differ by exactly the
+mean difference of their pair, and no arm's score depends on what others did.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def score_case(
     for file, array in ((files.truth, truth), (files.prediction, prediction)):
         if foreign := _foreign_values(array, classes):
             raise ScoringError(
-                f"{file} has the value {foreign[0]:g}, which is no label; those of dataset.json are "
+                f"{file} has the value {foreign[0]:g}, which is not a label; those of dataset.json are "
                 f"{', '.join(map(str, classes.values))}."
             )
     valid = np.ones(truth.shape, dtype=bool) if classes.ignore_label is None else truth != classes.ignore_label

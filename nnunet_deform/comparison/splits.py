@@ -61,7 +61,7 @@ def _rows_of_json(file: Path, text: str) -> list[tuple[str, str]]:
         rows = json.loads(text, object_pairs_hook=list)  # a dictionary would keep the last of two
         return [(case, "" if patient is None else str(patient)) for case, patient in rows]
     except (ValueError, TypeError):
-        raise SplitError(f'{file} is no JSON of the form {{"case": "patient", ...}}.') from None
+        raise SplitError(f'{file} is not JSON of the form {{"case": "patient", ...}}.') from None
 
 
 def _rows_of_csv(file: Path, text: str) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ PACKAGES = (*TRAINING_PACKAGES, "torch", "numpy", "scipy", "SimpleITK", "monai")
 
 
 class TrainingError(RuntimeError):
-    """Results that may not be mixed: other folds, other plans, or another hand's training.
+    """Results that may not be mixed: other folds, other plans, or a training of some other run.
 
     setting: of the experiment that has changed since; None where something else has.
     """
@@ -199,7 +199,7 @@ def refuse_other_versions(records: Mapping[Training, Record]) -> None:
         if changed:
             raise TrainingError(
                 f"mixed versions: {training} was made with {'; '.join(changed)}, which may change data or networks; "
-                "install the old release, start anew in another output folder, or go on all the same with "
+                "install the old release, start again in another output folder, or continue anyway with "
                 "--accept-versions."
             )
 
@@ -219,7 +219,7 @@ def is_done(training: Training, found: DatasetFolders, folders: Folders) -> bool
     """Whether the training and its validation are complete and may be used.
 
     Raises:
-        TrainingError: the folder holds another hand's training, or one from other folds or plans, or its finished
+        TrainingError: the folder holds a training of some other run, or one from other folds or plans, or its finished
             results have changed.
     """
     record = read_record(training, folders)

@@ -1,4 +1,4 @@
-"""Whether image files are complete. ITK, and so nnU-Net, reads a truncated NIfTI file without a word."""
+"""Whether image files are complete. ITK, and so nnU-Net, reads a truncated NIfTI file without an error."""
 
 import gzip
 import math
@@ -36,5 +36,5 @@ def incompleteness(path: Path) -> str | None:
     except (ImageFileError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         return f"it ends early or cannot be read ({error})"
     except (HeaderDataError, ValueError) as error:
-        return f"its header is no header ({error})"
+        return f"its header is invalid ({error})"
     return None if length >= expected else f"it has {length} bytes of {expected}"

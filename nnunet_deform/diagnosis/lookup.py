@@ -27,7 +27,7 @@ _SUFFIXES = (
 
 
 class BrokenLookup(Exception):
-    """nnU-Net's look-up breaks off before it is through; the message says where, and what to do."""
+    """nnU-Net's look-up fails before it is through; the message says where, and what to do."""
 
 
 def lookup(name: str) -> type | None:
@@ -44,7 +44,7 @@ def lookup(name: str) -> type | None:
             return recursive_find_trainer_class_by_name(name)
         except AssertionError as error:
             raise BrokenLookup(
-                f"a class named {name} in a folder of {activation.VARIABLE} is no trainer ({error}); rename it."
+                f"a class named {name} in a folder of {activation.VARIABLE} is not a trainer ({error}); rename it."
             ) from error
         except Exception as error:  # the user's modules are imported, which may raise anything
             if isinstance(error, RuntimeError) and str(error).startswith("Could not find requested nnunet trainer"):
@@ -59,7 +59,7 @@ class LookedUp:
     Args:
         name: the trainer's.
         state: "found", or in some words what else came of it.
-        problem: a sentence with what to do, where the look-up breaks off or finds a class of somebody else.
+        problem: a sentence with what to do, where the look-up fails or finds a class of somebody else.
     """
 
     name: str
@@ -76,7 +76,7 @@ def _looked_up(name: str) -> LookedUp:
     try:
         found = lookup(name)
     except BrokenLookup as error:
-        return LookedUp(name, "look-up breaks off", str(error))
+        return LookedUp(name, "look-up fails", str(error))
     if found is None:
         return LookedUp(name, "not found")
     if found is getattr(trainers, name):
@@ -94,8 +94,8 @@ def _where_it_breaks_off(error: Exception) -> str:
     folders = [os.path.join(path, "") for path in activation.configured_paths()]
     mine = [file for file in files if any(file.startswith(folder) for folder in folders)]
     return (
-        f"nnU-Net's look-up breaks off in {mine[-1] if mine else files[-1]} ({type(error).__name__}: {error}); "
-        f"it imports the modules of every folder in {activation.VARIABLE}, so mend this one or take it away."
+        f"nnU-Net's look-up fails in {mine[-1] if mine else files[-1]} ({type(error).__name__}: {error}); "
+        f"it imports the modules of every folder in {activation.VARIABLE}, so fix this one or remove it."
     )
 
 

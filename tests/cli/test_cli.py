@@ -195,7 +195,7 @@ def test_status_when_a_module_of_the_users_breaks_the_lookup(run, pth, monkeypat
     monkeypatch.setenv(activation.VARIABLE, os.pathsep.join([str(tmp_path), OURS]))
     result = run("status", "nnUNetTrainerDeformUX")
     assert said in only_problem(result)
-    assert "look-up breaks off" in result.output
+    assert "look-up fails" in result.output
 
 
 def test_status_when_the_requested_backend_does_not_exist(active, monkeypatch):
@@ -235,8 +235,8 @@ def only_problem(result) -> str:
         ("nnUNetTrainer_unmirrored_seed1_AdamW", "its name is nnUNetTrainer_AdamW_seed1_unmirrored."),
         ("nnUNetTrainer_lr8e-3_AdamW_seed1", "its name is nnUNetTrainer_AdamW_lr8e-3_seed1."),
         ("nnUNetTrainer_AdamW_4epochs_lr1.6e-2", "its name is nnUNetTrainer_AdamW_lr1.6e-2_4epochs."),
-        ("nnUNetTrainer_AdamW_lrfast_4epochs", "the learning rate 'fast' after _lr is no positive number; write"),
-        ("nnUNetTrainer_4epochs_lr-1e-3", "the learning rate '-1e-3' after _lr is no positive number; write"),
+        ("nnUNetTrainer_AdamW_lrfast_4epochs", "the learning rate 'fast' after _lr is not a positive number; write"),
+        ("nnUNetTrainer_4epochs_lr-1e-3", "the learning rate '-1e-3' after _lr is not a positive number; write"),
         (
             "nnUNetTrainerOfMine_lrfinder",
             "neither a trainer of nnunet-deform or nnU-Net nor a variant of one; if it is",

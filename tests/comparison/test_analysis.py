@@ -150,7 +150,7 @@ def test_missing_seeds_leave_a_pair_undecided(experiment):
             hypothesis, 0.005
         )
     assert few_trainings(analysis.datasets[0]) == ["Old", "Third"]
-    assert summary(analysis) == "Undecided for want of trainings or patients: 2 of 2 comparisons."
+    assert summary(analysis) == "Undecided, because trainings or patients are missing: 2 of 2 comparisons."
 
 
 def test_an_arm_that_hardly_learned_is_not_compared(experiment):

@@ -188,7 +188,7 @@ FAULTS = {
         _edit("archive.json", '"format": 1', '"format": 7'),
         r"archive\.json has format 7; this version reads 1",
     ),
-    "no JSON": (_edit("archive.json", "{", "["), r"archive\.json is damaged: it is no JSON"),
+    "no JSON": (_edit("archive.json", "{", "["), r"archive\.json is damaged: it is not JSON"),
     "a case is gone": (
         _drop_a_case,
         r"stock, seed 1, fold 0 of Dataset007_Boxes \(3d_fullres\): no scores of \['tr_\d\d'\]",
@@ -196,7 +196,7 @@ FAULTS = {
     "other folds": (lambda a: _other_record(a, "splits", "0" * 64), "were trained with different folds"),
     "other plans": (lambda a: _other_record(a, "plans", "0" * 64), "were trained with different plans"),
     "no number": (_edit(f"test/{NAME}-3d_fullres/stock.csv", "Dice", "Dize"), "lacks the columns Dice"),
-    "a cost": (_edit(f"costs/{NAME}-3d_fullres/stock.json", "macs", "max"), "is no JSON with the figures of a cost"),
+    "a cost": (_edit(f"costs/{NAME}-3d_fullres/stock.json", "macs", "max"), "is not JSON with the figures of a cost"),
     "another dataset": (_edit("archive.json", NAME, "Dataset008_Balls"), "its datasets are not those of experiment"),
 }
 

@@ -42,7 +42,7 @@ def test_what_can_be_found_is_the_plans_figure_for_the_stated_sds(large):
     assert plan.detectable == pytest.approx(0.018, abs=0.001)
     lines = describe(outlook)
     at = lines.index(
-        f"{NAME} (3d_fullres), DeformUX - stock, DeformUX - ResEnc: 60 cases, each taken for a patient; "
+        f"{NAME} (3d_fullres), DeformUX - stock, DeformUX - ResEnc: 60 cases, each counted as a patient; "
         "3 folds x 3 seeds an arm."
     )
     assert lines[at + 1] == "  Found in four of five such experiments (Dice; SDs as stated):"
@@ -116,7 +116,5 @@ def test_trainers_of_the_users_own_are_found_with_their_suffixes(trial, tmp_path
     with pytest.raises(ExperimentError, match=r"did you mean nnUNetTrainerOfMine\?"):
         _check(trial)
     (folder / "a_broken.py").write_text("import not_there")
-    with pytest.raises(
-        ExperimentError, match=r"breaks off in .*a_broken\.py \(ModuleNotFoundError: No module named 'not_t"
-    ):
+    with pytest.raises(ExperimentError, match=r"fails in .*a_broken\.py \(ModuleNotFoundError: No module named 'not_t"):
         _check(trial)

@@ -369,7 +369,7 @@ def test_a_crashing_arm_is_named_and_the_others_go_on(trial, monkeypatch):
     assert "RuntimeError: [the] training went wrong" in trial.console.export_text()
     page = trial.report()
     assert "DeformUX is left out of all but the hypotheses" in page
-    assert page.count("are not comparable: no training of DeformUX succeeded. DeformUX, seed 1, fold 0: failed:") == 2
+    assert page.count("because no training of DeformUX succeeded. DeformUX, seed 1, fold 0: failed:") == 2
     table = trial.table()
     assert set(table["arm"]) == {"stock", "ResEnc"}
 
@@ -414,7 +414,7 @@ def test_mixed_splits_and_plans_and_changed_results_are_refused(finished):
     (summary,) = finished.output.glob("nnUNet_results/*/nnUNetTrainerDeformUX*_seed1_*/fold_0/validation/summary.json")
     for file, words in (
         (preprocessed / "splits_final.json", "mixed splits: stock, seed 1, fold 0 of"),
-        (preprocessed / "nnUNetPlans_batch2.json", "is no copy of nnUNetPlans with batch 2"),
+        (preprocessed / "nnUNetPlans_batch2.json", "is not a copy of nnUNetPlans with batch 2"),
         (summary, "is gone or has changed since DeformUX, seed 1, fold 0"),
     ):
         before, calls = file.read_bytes(), len(finished.calls())

@@ -228,7 +228,7 @@ FAULTS = {
     ),
     "no folds": (
         lambda _, models: [shutil.rmtree(models[1] / f"fold_{fold}") for fold in FOLDS],
-        "is no model folder of nnU-Net, it has no fold_0",
+        "is not a model folder of nnU-Net: it has no fold_0",
     ),
     "no common fold": (
         lambda _, models: [shutil.rmtree(models[fold] / f"fold_{fold}") for fold in FOLDS],
@@ -255,7 +255,7 @@ FAULTS = {
     ),
     "no such label": (
         lambda _, models: _write(models, truth_of("case_03") * 3),
-        "has the value 3, which is no label; those of dataset.json are 0, 1, 2.",
+        "has the value 3, which is not a label; those of dataset.json are 0, 1, 2.",
     ),
     "another size": (
         lambda _, models: _write(models, truth_of("case_03")[:, :, 1:]),
@@ -289,7 +289,7 @@ ARGUMENTS = [
     (["-f", "7"], "has no fold_7; its folds are 0, 1."),
     (["-d", "8"], "no dataset Dataset008_*."),
     (["--primary", "IoU"], "there is no metric IoU; choose one of Dice, NSD, HD95."),
-    (["--band", "-1"], "the band -1 is no positive number."),
+    (["--band", "-1"], "the band -1 is not a positive number."),
     (["--tolerance", "front=1"], "is neither one number of mm nor front=MM back=MM."),
     (["--tolerance", "0"], "is neither one number of mm nor"),
     (["--labels", "nowhere"], "there is no folder nowhere."),
@@ -311,7 +311,7 @@ def test_folders_that_do_not_fit(nnunet, models, tmp_path):
     )
     predictions = models[0] / "fold_0" / "validation"
     words = _refusal(tmp_path, models[0], predictions, "--labels", nnunet.raw / "labelsTr")
-    assert "give only one sort." in words
+    assert "give only one kind." in words
 
 
 def test_an_existing_folder_is_not_touched(models, tmp_path):

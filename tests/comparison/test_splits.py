@@ -119,9 +119,9 @@ def test_patients_of_test_cases(tmp_path):
     [
         ('{"a": "1", "a": "2"}', "names the case 'a' twice"),
         ('{"a": null}', "gives no patient for 'a'"),
-        ('["a"]', "is no JSON of the form"),
-        ("7", "is no JSON of the form"),
-        ('{"a": ', "is no JSON of the form"),
+        ('["a"]', "is not JSON of the form"),
+        ("7", "is not JSON of the form"),
+        ('{"a": ', "is not JSON of the form"),
     ],
 )
 def test_json_that_does_not_fit(tmp_path, text, words):

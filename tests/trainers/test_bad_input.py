@@ -104,7 +104,7 @@ def test_a_damaged_header(tmp_path, offset, value, said) -> None:
     path.write_bytes(content)
     (tmp_path / "theirs_0000.nii").write_bytes(b"")
     one, other = incomplete_images(tmp_path)
-    assert f"{path} is damaged: its header is no header (" in one
+    assert f"{path} is damaged: its header is invalid (" in one
     assert said in one
     assert "theirs_0000.nii is damaged" in other
 

@@ -120,7 +120,7 @@ def test_other_names_are_left_to_other_folders(name: str) -> None:
 def test_a_rate_that_is_no_positive_number(rate) -> None:
     for suffixes in ("_AdamW_lr{}", "_lr{}_4epochs_seed1"):
         name = "nnUNetTrainerLightMedSeg" + suffixes.format(rate)
-        with pytest.raises(AttributeError, match=f"^the learning rate '{rate}' after _lr is no positive"):
+        with pytest.raises(AttributeError, match=f"^the learning rate '{rate}' after _lr is not a positive"):
             find_trainer(name)
 
 

@@ -28,7 +28,7 @@ Arm = Annotated[
 
 
 @contextlib.contextmanager
-def comparison_errors(interrupted: str = "the same command goes on where it stopped") -> Iterator[None]:
+def comparison_errors(interrupted: str = "the same command continues where it stopped") -> Iterator[None]:
     """One clear message and exit code 1 for what a user can mend."""
     try:
         activation.check_nnunetv2()

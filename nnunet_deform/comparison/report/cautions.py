@@ -39,7 +39,7 @@ def _of_dataset(content: ReportContent, dataset: DatasetAnalysis) -> Iterator[st
         )
     if not content.of(dataset.dataset, dataset.configuration).patients_mapped:
         yield (
-            f"{dataset.title}: nothing says which cases are of one patient, so each counts as a patient of its own. "
+            f"{dataset.title}: no file says which cases belong to one patient, so each case counts as a patient. "
             "Where patients have several cases, intervals are too short, and trainings may have seen patients they "
             "are scored on."
         )

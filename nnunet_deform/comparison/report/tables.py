@@ -71,7 +71,7 @@ def _arm_rows(dataset: DatasetAnalysis) -> list[dict[str, Any]]:
                     "high": metric.intervals[1, position],
                     "trainings": dataset.trainings[arm],
                     "structures absent": dataset.absent,
-                    "absent, drawn": dataset.drawn[arm],
+                    "absent, predicted": dataset.drawn[arm],
                     **classes,
                 }
             )

@@ -67,20 +67,23 @@ def sentence(hypothesis: Hypothesis, band: float) -> str:
         if verdict.reason is Reason.RANKS:
             return (
                 f"{pair}: no difference shown. The mean differs significantly, but most patients differ in the other "
-                f"direction (rank-biserial {contrast.rank_biserial:+.2f}), so a few of them decide{figures}."
+                f"direction (rank-biserial {contrast.rank_biserial:+.2f}), so a few patients decide the mean{figures}."
             )
         detectable = f"{contrast.detectable:.{METRICS[contrast.metric].decimals}f}"
-        return f"{pair}: no difference shown; one of {detectable} would have been found with 80 % power{figures}."
+        return f"{pair}: no difference shown; {detectable} would have been found with 80 % power{figures}."
     if verdict.kind is Kind.UNDECIDED:
         return f"{pair}: undecided, {_what_is_missing(hypothesis)}{figures}."
     if verdict.reason is Reason.FAILED:
         failed = ", ".join(verdict.arms)
-        return f"{pair} are not comparable: no training of {failed} succeeded. {'; '.join(verdict.missing)}."
+        return f"{pair} are not comparable, because no training of {failed} succeeded. {'; '.join(verdict.missing)}."
     reached = "; ".join(
         f"{arm} reaches a mean Dice of " + ", ".join(f"{dice:.4f} ({label})" for label, dice in classes.items())
         for arm, classes in verdict.arms.items()
     )
-    return f"{pair} are not comparable: {reached}, a failed or too short training, which says nothing about networks."
+    return (
+        f"{pair} are not comparable: {reached}. Its training failed or was too short, so this says nothing about the "
+        "networks."
+    )
 
 
 def _what_is_missing(hypothesis: Hypothesis) -> str:
@@ -131,7 +134,7 @@ def summary(analysis: Analysis) -> str:
     of_total = _some(total, "comparison")
     for kind, words in (
         (Kind.NO_DIFFERENCE, "No difference is shown in"),
-        (Kind.UNDECIDED, "Undecided for want of trainings or patients:"),
+        (Kind.UNDECIDED, "Undecided, because trainings or patients are missing:"),
         (Kind.NOT_COMPARABLE, "Not comparable, because an arm failed or hardly learned:"),
     ):
         if count := sum(h.verdict.kind is kind for h in analysis.hypotheses):
