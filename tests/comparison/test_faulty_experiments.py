@@ -45,7 +45,12 @@ FAULTS = {
         *(6, "did you mean nnUNetTrainerNoMirroring?"),
     ),
     "suffixes in another order": ("nnUNetTrainerDeformUX}", "nnUNetTrainerDeformUX_lr1e-3_AdamW}", 6, "another order"),
-    "learning rate that is none": ("nnUNetTrainerDeformUX}", "nnUNetTrainerDeformUX_lrfast}", 6, "not a positive number"),
+    "learning rate that is none": (
+        "nnUNetTrainerDeformUX}",
+        "nnUNetTrainerDeformUX_lrfast}",
+        6,
+        "not a positive number",
+    ),
     "length in the name": ("nnUNetTrainerDeformUX}", "nnUNetTrainerDeformUX_5epochs}", 6, "fixes '_5epochs' by name"),
     "trainer of another family": ("nnUNetTrainerDeformUX}", "DeformUX}", 6, "'DeformUX' is not a trainer's name"),
     "misspelt key": ("mirroring:", "miroring:", 11, "miroring: is no setting here; did you mean mirroring?"),

@@ -249,7 +249,7 @@ def test_a_case_named_like_a_tag_stays_in_its_script(content):
 
 
 def test_patients_that_nobody_named_are_told(content, text):
-    assert "nothing says which cases are of one patient" in text
+    assert "no file says which cases belong to one patient" in text
     ((key, of_dataset),) = content.datasets.items()
     mapped = replace(content, datasets={key: replace(of_dataset, patients_mapped=True)})
     assert len(cautions(mapped)) == len(cautions(content)) - 1

@@ -241,7 +241,7 @@ def test_through_slurm_it_resumes_and_ends_as_an_undisturbed_run(small, tmp_path
     _profile_for_one_node(small)
     monkeypatch.setenv("FAKE_BAD", "DeformUX")
     shown = snakemake(small, "slurm", *WITHOUT_ACCOUNTING, rc=1)
-    assert "Some jobs failed. The same command goes on from here" in shown
+    assert "Some jobs failed. The same command continues from here" in shown
     assert len(re.findall("has been submitted with SLURM jobid", shown)) >= 5
     assert not (small.output / "report").exists()
     done = [t for t in small.comparison().trainings if small.comparison().is_done(t)]
