@@ -108,25 +108,32 @@ class DeformConv(nn.Module):
             return conv(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
         if may_keep_less(self):
             return self._steered(x, None)
-        op = deform_conv2d if self.ndim == 2 else deform_conv3d
-        return op(x, self.offsets(x), self.weight, self.bias, padding=self.padding)
+        return self._convolved(x, self.offsets(x))
 
     def behind(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``forward(norm(x))`` in the form that keeps x alone, and makes the norm and the offsets again; for where
         ``may_keep_less`` says so of the module that holds both."""
         if self.offset is None:
             return recomputed(lambda x: self(norm(x)), x)
+        if torch.compiler.is_compiling():
+            return self._convolved(*recomputed(lambda x: self._prepared(x, norm), x))
         return self._steered(x, norm)
 
     def _steered(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         """The convolution of norm(x), of which autograd keeps x."""
-
-        def prepared(x: Tensor) -> tuple[Tensor, Tensor]:
-            features = x if norm is None else norm(x)
-            return features, self.offsets(features)
-
         parameters = [*self.offset.parameters(), *([] if norm is None else norm.parameters())]
-        return steered_deform_conv(prepared, x, self.weight, self.bias, padding=self.padding, parameters=parameters)
+        return steered_deform_conv(
+            lambda x: self._prepared(x, norm), x, self.weight, self.bias, padding=self.padding, parameters=parameters
+        )
+
+    def _prepared(self, x: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """What is sampled, and the offsets."""
+        features = x if norm is None else norm(x)
+        return features, self.offsets(features)
+
+    def _convolved(self, x: Tensor, offset: Tensor) -> Tensor:
+        op = deform_conv2d if self.ndim == 2 else deform_conv3d
+        return op(x, offset, self.weight, self.bias, padding=self.padding)
 
     def offsets(self, x: Tensor) -> Tensor:
         """Of a deformable layer, in voxels: [B, C, *spatial] -> [B, taps*ndim, *spatial], a tap's axes side by side."""

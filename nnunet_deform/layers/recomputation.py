@@ -49,6 +49,14 @@ def may_keep_less(*modules: nn.Module) -> bool:
     return not _plain.get() and not any(map(_parts_have_hooks, modules))
 
 
+def may_keep_less_compiled(x: Tensor, *modules: nn.Module) -> bool:
+    """As :func:`may_keep_less`, where compilers, too, keep less of the form written for it; on GPUs, that is, on which
+    memory is scarce."""
+    if not (torch.compiler.is_compiling() and x.is_cuda):
+        return may_keep_less(*modules)
+    return torch.is_grad_enabled() and not any(map(_parts_have_hooks, modules))
+
+
 def check_recompute(recompute: str) -> None:
     """Raises ValueError, naming the value, unless it is one of the choices."""
     if recompute not in ("cheap", "blocks"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_deform.layers.norm import InstanceNorm2d, InstanceNorm3d, is_plain_instance_norm, normalized
-from nnunet_deform.layers.recomputation import may_keep_less
+from nnunet_deform.layers.recomputation import may_keep_less_compiled
 from nnunet_deform.ops import autocast_dtype, residual_block
 
 _COMPILED_BETTER = {nn.InstanceNorm2d: InstanceNorm2d, nn.InstanceNorm3d: InstanceNorm3d}
@@ -78,7 +78,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, *parts: Tensor) -> Tensor:
         first, dropout, first_norm, activation, second, second_norm = self.body
-        if may_keep_less(self) and self._is_the_papers(parts):
+        if may_keep_less_compiled(parts[0], self) and self._is_the_papers(parts):
             projection = None if isinstance(self.shortcut, nn.Identity) else self.shortcut[0].weight
             norms = [first_norm, second_norm, *([] if projection is None else [self.shortcut[1]])]
             return residual_block(

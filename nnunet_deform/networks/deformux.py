@@ -38,7 +38,7 @@ from nnunet_deform.layers.deform import OffsetAxes
 from nnunet_deform.layers.recomputation import (
     Recompute,
     check_recompute,
-    may_keep_less,
+    may_keep_less_compiled,
     recomputed,
     recomputed_block,
 )
@@ -147,7 +147,7 @@ class DeformUXBlock(nn.Module):
     def _branch(self, branch: nn.Sequential, z: Tensor) -> Tensor:
         """branch(z). A training step keeps z, of "convnext" the convolution as well, and computes norms, offsets and
         what the scaling holds again."""
-        if not may_keep_less(self):
+        if not may_keep_less_compiled(z, self):
             return branch(z)
         first, second = branch[:2]
         if isinstance(second, DeformConv):

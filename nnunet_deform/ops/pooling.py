@@ -85,9 +85,12 @@ class _VoxelStatistics(torch.autograd.Function):
                 maps += [attention, grad_logits]
                 grad_weight = _over_voxels(x, grad_logits).sum(0)
                 grad_bias = grad_logits.sum().reshape(1)
-            stacked = torch.stack(maps, 1)
-            slabs = [torch.bmm(v, stacked).to(x.dtype) for v in torch.stack(vectors, 2).split(_slab(x), 1)]
-            grad_x = slabs[0] if len(slabs) == 1 else torch.cat(slabs, 1)
+            if _converted_as_it_is_read(x):
+                grad_x = sum(v.unsqueeze(2) * m.unsqueeze(1) for v, m in zip(vectors, maps, strict=True)).to(x.dtype)
+            else:
+                stacked = torch.stack(maps, 1)
+                slabs = [torch.bmm(v, stacked).to(x.dtype) for v in torch.stack(vectors, 2).split(_slab(x), 1)]
+                grad_x = slabs[0] if len(slabs) == 1 else torch.cat(slabs, 1)
             if ctx.with_peak:
                 if winner is None:
                     winner = x.max(1, keepdim=True).indices
@@ -112,13 +115,23 @@ def _slab(x: Tensor) -> int:
     return channels if x.dtype == _accumulation_dtype(x) else -(-channels // _SLABS)
 
 
+def _converted_as_it_is_read(x: Tensor) -> bool:
+    """Whether sums are better written as sums: a compiler then converts no map in memory. Around its matrix products
+    it would, and even keep the converted map for the backward pass."""
+    return torch.compiler.is_compiling() and x.dtype != _accumulation_dtype(x)
+
+
 def _over_channels(x: Tensor, weight: Tensor) -> Tensor:
     """[B, C, N] and [B, C] -> [B, N]."""
+    if _converted_as_it_is_read(x):
+        return (x.to(weight.dtype) * weight.unsqueeze(2)).sum(1)
     slabs = zip(x.split(_slab(x), 1), weight.split(_slab(x), 1), strict=True)
     return sum(torch.bmm(w.unsqueeze(1), s.to(w.dtype)) for s, w in slabs).squeeze(1)
 
 
 def _over_voxels(x: Tensor, weight: Tensor) -> Tensor:
     """[B, C, N] and [B, N] -> [B, C]."""
+    if _converted_as_it_is_read(x):
+        return (x.to(weight.dtype) * weight.unsqueeze(1)).sum(2)
     rows = weight.unsqueeze(1)
     return torch.cat([torch.bmm(rows, s.to(rows.dtype).mT) for s in x.split(_slab(x), 1)], 2).squeeze(1)

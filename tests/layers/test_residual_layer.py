@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunet_deform.layers import ConvStyle, ResidualBlock, UpBlock
+from nnunet_deform.layers import ConvStyle, ResidualBlock, UpBlock, residual
+from nnunet_deform.layers.recomputation import plain_forms
 
 CONV = {2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -211,3 +212,22 @@ def test_style_may_leave_everything_out():
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64)
     expected = F.conv2d(F.conv2d(x, first, padding=1), second, padding=1) + F.conv2d(x, shortcut)
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_form_for_gpus_compiles(backend: str, monkeypatch: pytest.MonkeyPatch):
+    torch.compiler.reset()
+    block = ResidualBlock(paper_style(3), 6, 4, [3, 3, 3]).double()
+    parts = [torch.randn(2, 3, 4, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def outputs_and_gradients(module: Callable[..., Tensor]) -> list[Tensor]:
+        output = module(*parts)
+        return [output, *torch.autograd.grad(output.sin().sum(), [*parts, *block.parameters()])]
+
+    with plain_forms():
+        expected = outputs_and_gradients(block)
+    # On a CPU compilers are given the plain form.
+    monkeypatch.setattr(residual, "may_keep_less_compiled", lambda x, *blocks: True)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for one, other in zip(outputs_and_gradients(compiled), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -2,16 +2,19 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from network_cases import CONV_OP, kept_by_autograd, parameter_count, stir
+from network_cases import CONV_OP, TWO_LEVELS, kept_by_autograd, parameter_count, stir
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_deform.layers import DeformConv
+from nnunet_deform.layers.recomputation import plain_forms
+from nnunet_deform.networks import deformux
 from nnunet_deform.networks.deformux import DeformUXBlock
 from nnunet_deform.ops import deform_conv2d, deform_conv3d
 
@@ -181,3 +184,22 @@ def test_layer_scale_starts_where_it_is_told():
     z = torch.randn(1, 8, 5, 5)
     change = (block(z) - z).abs().amax()
     assert 0 < change < 1e-5
+
+
+@pytest.mark.parametrize("block", ["eq3", "convnext"])
+def test_the_form_for_gpus_compiles(block: str, monkeypatch: pytest.MonkeyPatch):
+    torch.compiler.reset()
+    network = stir(TWO_LEVELS.network("DeformUXNet", block=block, layer_scale_init=None).double())
+    stage, z = network.encoder.stages[0], torch.randn(2, 8, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def outputs_and_gradients(module: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        output = module(z)
+        return [output, *torch.autograd.grad(output.sin().sum(), [z, *stage.parameters()])]
+
+    with plain_forms():
+        expected = outputs_and_gradients(stage)
+    # On a CPU compilers are given the plain form.
+    monkeypatch.setattr(deformux, "may_keep_less_compiled", lambda x, *blocks: True)
+    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
+    for one, other in zip(outputs_and_gradients(compiled), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
