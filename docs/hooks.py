@@ -4,7 +4,7 @@
   variables say it), and is plain text elsewhere.
 - ``<!-- include FILE -->`` puts a Markdown file of the repository in its place, without its first heading.
 - The API reference reads the package as it is installed: trainers and plans lie inside of it.
-- In docstrings, references such as ``:class:`name``` become code.
+- In docstrings, references such as ``:class:`name``` and equations become code.
 """
 
 import os
@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
-ROLE = re.compile(r":(?:class|func|mod|meth|attr):`~?\.?([^`]+)`")
+MATH = re.compile(r"^( *)\.\. math:: (.*)$", re.MULTILINE)
+ROLE = re.compile(r":(?:class|func|mod|meth|attr|math):`~?\.?([^`]+)`")
 
 
 def repository() -> str | None:
@@ -73,4 +74,5 @@ class Roles(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(lambda m: f"`{m.group(1).rsplit('.', 1)[-1]}`", obj.docstring.value)
+            text = ROLE.sub(lambda m: f"`{m.group(1).rsplit('.', 1)[-1]}`", obj.docstring.value)
+            obj.docstring.value = MATH.sub(r"\1    \2", text)

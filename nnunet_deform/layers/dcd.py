@@ -187,13 +187,13 @@ class DCD(DynamicConv):
 
 
 class DCD2d(DCD):
-    """:class:`DCD` of images."""
+    """As :class:`DCD`, of images: [B, C, H, W] -> [B, C_out, H_out, W_out]."""
 
     ndim = 2
 
 
 class DCD3d(DCD):
-    """:class:`DCD` of volumes."""
+    """As :class:`DCD`, of volumes: [B, C, D, H, W] -> [B, C_out, D_out, H_out, W_out]."""
 
     ndim = 3
 

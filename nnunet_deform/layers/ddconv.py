@@ -248,12 +248,12 @@ class DDConv(DynamicConv):
 
 
 class DDConv2d(DDConv):
-    """:class:`DDConv` of images."""
+    """As :class:`DDConv`, of images: [B, C, H, W] -> [B, C_out, H_out, W_out]."""
 
     ndim = 2
 
 
 class DDConv3d(DDConv):
-    """:class:`DDConv` of volumes."""
+    """As :class:`DDConv`, of volumes: [B, C, D, H, W] -> [B, C_out, D_out, H_out, W_out]."""
 
     ndim = 3

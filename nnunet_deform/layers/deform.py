@@ -153,7 +153,10 @@ class DeformConv(nn.Module):
 
 
 def offset_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of every offset branch in ``network``."""
+    """The parameters of every offset branch in ``network``, in its order; empty where it has none.
+
+    Each branch's last convolution has a weight [taps * axes, C, *kernel], whose output is in voxels.
+    """
     branches = [m.offset for m in network.modules() if isinstance(m, DeformConv) and m.offset is not None]
     return [parameter for branch in branches for parameter in branch.parameters()]
 

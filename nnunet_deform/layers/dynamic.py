@@ -130,7 +130,15 @@ class SoftmaxAttention(KernelAttention):
 
 
 def set_temperature(network: nn.Module, temperature: float) -> None:
-    """Set the temperature of every attention in ``network`` that has one."""
+    """Set the temperature of every attention in ``network`` that has one.
+
+    Args:
+        network: any module; others are left alone.
+        temperature: what the logits [B, K] are divided by, without a unit.
+
+    Raises:
+        ValueError: it is not positive.
+    """
     for module in network.modules():
         if isinstance(module, SoftmaxAttention):
             module.set_temperature(temperature)

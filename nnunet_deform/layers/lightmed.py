@@ -216,7 +216,13 @@ class FiLM(nn.Module):
 
 
 class ChannelAffine(nn.Module):
-    """(1 + gamma) x + beta with a learned gamma and beta for each channel: FiLM's control, which sees no anchors."""
+    """(1 + gamma) x + beta with a learned gamma and beta for each channel: FiLM's control, which sees no anchors.
+
+    [B, C, *spatial] -> the same shape.
+
+    Args:
+        channels: C.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -407,13 +407,13 @@ class MagicConv(DynamicConv):
 
 
 class MagicConv2d(MagicConv):
-    """:class:`MagicConv` of images."""
+    """As :class:`MagicConv`, of images: [B, C, H, W] -> [B, C_out, H_out, W_out]."""
 
     ndim = 2
 
 
 class MagicConv3d(MagicConv):
-    """:class:`MagicConv` of volumes."""
+    """As :class:`MagicConv`, of volumes: [B, C, D, H, W] -> [B, C_out, D_out, H_out, W_out]."""
 
     ndim = 3
 

@@ -104,6 +104,8 @@ class ODConvAttention(SoftmaxAttention):
 class ODConv(DynamicConv):
     """Omni-dimensional dynamic convolution; see the module's docstring for the equations.
 
+    [B, C, *spatial] -> [B, C_out, *out].
+
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as of ``nn.Conv3d``.
         n_kernels: K.
@@ -227,12 +229,12 @@ class ODConv(DynamicConv):
 
 
 class ODConv2d(ODConv):
-    """:class:`ODConv` of images."""
+    """As :class:`ODConv`, of images: [B, C, H, W] -> [B, C_out, H_out, W_out]."""
 
     ndim = 2
 
 
 class ODConv3d(ODConv):
-    """:class:`ODConv` of volumes."""
+    """As :class:`ODConv`, of volumes: [B, C, D, H, W] -> [B, C_out, D_out, H_out, W_out]."""
 
     ndim = 3

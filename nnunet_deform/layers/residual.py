@@ -20,6 +20,13 @@ class ConvStyle:
     """How a network's plain convolutions are built: operators and their arguments, in nnU-Net's terms.
 
     ``None`` leaves an operator out.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``; on [B, C, *spatial] all of them keep the spatial size.
+        conv_bias: whether convolutions have a bias.
+        norm_op, norm_op_kwargs: called with the number of channels.
+        dropout_op, dropout_op_kwargs: called without it.
+        nonlin, nonlin_kwargs: the activation.
     """
 
     conv_op: type[nn.Module]

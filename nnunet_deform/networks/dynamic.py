@@ -85,6 +85,9 @@ class _RecomputedBlock(ConvDropoutNormReLU):
 class DynamicUNet(nn.Module):
     """What all these networks share: the replacement, any input size, the memory estimate, a look at the layers.
 
+    [B, C, *spatial] -> logits [B, classes, *spatial], of any spatial size; with deep supervision a list of them, finest
+    first.
+
     Args:
         arguments: of nnU-Net's network.
         layer: "odconv", "dcd", "ddconv" or "magic".
@@ -300,7 +303,10 @@ def _sum_of_kernels(name: str, conv: DynamicConv, features: Tensor, output: Tens
 
 
 class DynamicPlainConvUNet(DynamicUNet, PlainConvUNet):
-    """nnU-Net's PlainConvUNet with dynamic convolutions; see :class:`DynamicUNet` for the arguments."""
+    """nnU-Net's PlainConvUNet with dynamic convolutions; see :class:`DynamicUNet` for the arguments.
+
+    [B, C, *spatial] -> logits [B, classes, *spatial], or under deep supervision a list of them, finest first.
+    """
 
     default_kernels = 4
 
@@ -313,7 +319,10 @@ class DynamicPlainConvUNet(DynamicUNet, PlainConvUNet):
 
 
 class DynamicResidualEncoderUNet(DynamicUNet, ResidualEncoderUNet):
-    """nnU-Net's ResidualEncoderUNet with dynamic convolutions; see :class:`DynamicUNet` for the arguments."""
+    """nnU-Net's ResidualEncoderUNet with dynamic convolutions; see :class:`DynamicUNet` for the arguments.
+
+    [B, C, *spatial] -> logits [B, classes, *spatial], or under deep supervision a list of them, finest first.
+    """
 
     default_kernels = 2
 

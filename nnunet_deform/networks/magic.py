@@ -34,6 +34,8 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 class MagicPlainConvUNet(DynamicPlainConvUNet):
     """nnU-Net's PlainConvUNet with MAGIC's convolutions, by default four kernels each.
 
+    [B, C, *spatial] -> logits [B, classes, *spatial], or under deep supervision a list of them, finest first.
+
     Args:
         arguments, options: of :class:`nnunet_deform.networks.dynamic.DynamicUNet` but ``layer``; ``attention_norm`` is
             "running", ``attention_init`` "calibrated" and ``min_channels`` ``reduction + 1`` by default.
@@ -44,8 +46,11 @@ class MagicPlainConvUNet(DynamicPlainConvUNet):
 
 
 class MagicResidualEncoderUNet(DynamicResidualEncoderUNet):
-    """nnU-Net's ResidualEncoderUNet with MAGIC's convolutions, by default two kernels each; arguments as of
-    :class:`MagicPlainConvUNet`."""
+    """nnU-Net's ResidualEncoderUNet with MAGIC's convolutions, by default two kernels each.
+
+    [B, C, *spatial] -> logits [B, classes, *spatial], or under deep supervision a list of them, finest first.
+    Arguments are those of :class:`MagicPlainConvUNet`.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **_with_defaults(options))

@@ -9,12 +9,20 @@ from torch import Tensor
 
 
 def autocast_disabled(device_type: str) -> AbstractContextManager:
-    """A context in which autocast does not round, for coordinates, softmaxes over volumes and the like."""
+    """A context in which autocast does not round, for coordinates, softmaxes over volumes and the like.
+
+    Args:
+        device_type: "cpu", "cuda" and so on, as in ``tensor.device.type``.
+    """
     return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
 
 
 def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager]:
-    """What makes a context, such as for a backward pass, in which autocast is as it is at the time of this call."""
+    """A function that makes contexts in which autocast is as it is at the time of this call, for a backward pass.
+
+    Args:
+        device_type: "cpu", "cuda" and so on, as in ``tensor.device.type``.
+    """
     if not has_autocast(device_type):
         return nullcontext
     return partial(
@@ -33,14 +41,23 @@ def has_autocast(device_type: str) -> bool:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast casts the arguments of a convolution to; None where it is off."""
+    """What autocast casts the arguments of a convolution to; None where it is off.
+
+    Args:
+        device_type: "cpu", "cuda" and so on, as in ``tensor.device.type``.
+    """
     if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def autocast_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As torch's autocast: float64 and integers stay what they are, and so does everything without a dtype."""
+    """A tensor of any shape in the dtype, as torch's autocast makes it: float64 and integers stay what they are.
+
+    Args:
+        tensor: any shape and dtype.
+        dtype: of :func:`autocast_dtype`; with None the tensor itself is returned.
+    """
     if dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)

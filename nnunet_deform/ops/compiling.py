@@ -10,5 +10,8 @@ def compiled_on_cpu(tensor: Tensor) -> bool:
     Inductor makes a C++ file of each group of elementwise steps between two convolutions, and compiling one takes most
     of a second. There, steps that torch has kernels for are better left to these, as one operation. On CUDA its fused
     kernels are what one compiles for.
+
+    Args:
+        tensor: any shape; only its device matters.
     """
     return torch.compiler.is_dynamo_compiling() and tensor.device.type == "cpu" and not torch.is_autocast_enabled("cpu")

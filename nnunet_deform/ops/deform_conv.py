@@ -29,7 +29,8 @@ def deform_conv2d(
 ) -> Tensor:
     """Deformable convolution of images, with the arguments and conventions of ``torchvision.ops.deform_conv2d``.
 
-    See :func:`deform_conv3d`; here there are two axes, (height, width).
+    As :func:`deform_conv3d` with two axes, (height, width): input [B, C, H, W], offset [B, G * taps * 2, H_out, W_out]
+    in pixels, weight [C_out, C / groups, kH, kW], bias [C_out] -> [B, C_out, H_out, W_out].
     """
     return _deform_conv(2, input, offset, weight, bias, stride, padding, dilation)
 

@@ -28,7 +28,11 @@ def dynamic_conv2d(
     groups: int = 1,
     conv_impl: ConvImpl = "auto",
 ) -> Tensor:
-    """Convolution of images with kernels of each sample's own. See :func:`dynamic_conv3d`; here there are two axes."""
+    """Convolution of images with kernels of each sample's own.
+
+    As :func:`dynamic_conv3d` with two axes: input [B, C, H, W], weight [B, C_out, C / groups, kH, kW], bias [B, C_out]
+    -> [B, C_out, H_out, W_out].
+    """
     return _dynamic_conv(2, input, weight, bias, stride, padding, dilation, groups, conv_impl)
 
 

@@ -17,6 +17,14 @@ def standardize(input: Tensor, axes: Sequence[int], eps: float) -> Tensor:
 
     torch's norms are faster where nothing is compiled. torch.compile takes their backward passes apart into more
     operations than these. There is no second derivative.
+
+    Args:
+        input: [B, C, *spatial], or any other shape.
+        axes: those over which mean and variance are taken, such as the spatial ones.
+        eps: added to the variance, in the square of the input's unit.
+
+    Returns:
+        The input's shape, in float32 or, of float64, float64.
     """
     return _Standardize.apply(input, list(axes), eps)
 

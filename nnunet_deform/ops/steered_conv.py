@@ -26,7 +26,8 @@ def steered_deform_conv(
     many numbers for each voxel as the kernel has taps times axes, in float32. There is no second derivative.
 
     Args:
-        prepared: of x makes the features and the offsets.
+        prepared: of x makes the features [B, C, *spatial] and the offsets [B, G * taps * axes, *out] in voxels.
+        x: [B, C, *spatial].
         weight, bias, padding: as in :func:`nnunet_deform.ops.deform_conv3d`, without stride and dilation.
         parameters: what ``prepared`` uses beside x and may need gradients.
     """

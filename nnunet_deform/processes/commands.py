@@ -169,4 +169,5 @@ def last_lines(log: Path, count: int = 30) -> str:
 
 
 def describe_exit(code: int) -> str:
+    """How a process ended, in words: by its exit code, or by a signal where the code is negative."""
     return f"with exit code {code}" if code > 0 else f"by signal {-code}"

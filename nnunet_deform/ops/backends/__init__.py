@@ -26,9 +26,12 @@ BACKEND_VARIABLE = "NNUNET_DEFORM_BACKEND"
 
 
 class Backend(Protocol):
-    """The shape of a backend module; see the package's docstring."""
+    """The functions of a backend module. Shapes are those of :func:`nnunet_deform.ops.deform_conv3d`: input
+    [B, C, *spatial], offset [B, G * taps * axes, *out] in voxels, weight [C_out, C / groups, *kernel]."""
 
-    def unable(self, input: Tensor, offset: Tensor, weight: Tensor) -> str | None: ...
+    def unable(self, input: Tensor, offset: Tensor, weight: Tensor) -> str | None:
+        """Why it cannot run on these tensors, or None when it can."""
+        ...
 
     def forward(
         self,
@@ -39,7 +42,9 @@ class Backend(Protocol):
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """[B, C_out, *out], in the input's dtype; the last three arguments have a value for each axis."""
+        ...
 
     def backward(
         self,
@@ -51,7 +56,10 @@ class Backend(Protocol):
         padding: Sequence[int],
         dilation: Sequence[int],
         needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """From grad_output [B, C_out, *out] the gradients of input, offset, weight and bias, in their shapes; None
+        where ``needs`` has False."""
+        ...
 
 
 _BACKENDS: dict[str, Backend] = {"cpu": cpu, "reference": reference, "torch": torch_, "triton": triton_}
@@ -65,6 +73,13 @@ def choose_backend(input: Tensor, offset: Tensor, weight: Tensor) -> tuple[str, 
 
     Before it is chosen for the first time on a machine, the Triton backend is tried in a process of its own, which
     takes up to a minute; see :mod:`nnunet_deform.ops.backends.preflight`.
+
+    Args:
+        input, offset, weight: as of :func:`nnunet_deform.ops.deform_conv3d`: [B, C, *spatial],
+            [B, G * taps * axes, *out] in voxels, [C_out, C / groups, *kernel].
+
+    Returns:
+        Its name and itself.
 
     Raises:
         ValueError: the environment variable names no backend.
@@ -102,7 +117,11 @@ def trial_due(input: Tensor, offset: Tensor, weight: Tensor) -> preflight.Trial 
 
 
 def backends_for(input: Tensor, offset: Tensor, weight: Tensor) -> dict[str, str | None]:
-    """Every backend by name, with the reason why it cannot run on these tensors, or None when it can."""
+    """Every backend by name, with the reason why it cannot run on these tensors, or None when it can.
+
+    Args:
+        input, offset, weight: as of :func:`choose_backend`, [B, C, *spatial] and so on.
+    """
     return {name: backend.unable(input, offset, weight) for name, backend in _BACKENDS.items()}
 
 
