@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 INCLUDE = re.compile(r"^<!-- include (\S+) -->$", re.MULTILINE)
-MATH = re.compile(r"^( *)\.\. math:: (.*)$", re.MULTILINE)
+MATH = re.compile(r"^( *)\.\. math:: ?(.*)$", re.MULTILINE)
 ROLE = re.compile(r":(?:class|func|mod|meth|attr|math):`~?\.?([^`]+)`")
 
 
