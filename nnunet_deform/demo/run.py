@@ -44,7 +44,7 @@ _NUM_TRAIN, _NUM_TEST = 10, 4
 _EPOCHS, _ITERATIONS = 10, 6
 _TRAINER = f"nnUNetTrainerDeformUX_AdamW_{_EPOCHS}epochs{_ITERATIONS}iters_seed0"
 
-_STEPS = 6
+_STEPS = 7
 
 
 class DemoError(RuntimeError):
@@ -56,11 +56,13 @@ class DemoResult:
     """What a successful demo leaves.
 
     folder: nnU-Net's three folders, predictions, logs, summary.json and the figure; figure: the PNG in it;
+    page: of ``nnunet-deform inspect`` for one test case;
     dice: mean over the test cases by class; seconds: of the whole run.
     """
 
     folder: Path
     figure: Path
+    page: Path
     dice: dict[str, float]
     seconds: float
 
@@ -272,6 +274,13 @@ def _run_steps(runner: _Runner) -> dict[str, float]:
             title=f"DeformUX-Net after {_EPOCHS * _ITERATIONS} steps on a CPU: test case {name}",
             dice={key: values[0] for key, values in dice.items()},
         )
+    with runner.step("look inside the network, at that case"):
+        model = Path("nnUNet_results") / DATASET_NAME / f"{_TRAINER}__nnUNetPlans__3d_fullres"
+        runner.command(
+            *("nnunet-deform", "inspect", "-m", str(model), "-i", str(raw / "imagesTs" / f"{name}_0000.nii.gz")),
+            *("--labels", str(raw / "labelsTs"), "-o", "inspect", "--class", "liver"),
+            *("--device", "cpu", "--no-mirroring"),
+        )
     console.print(_table(dice))
     return {key: sum(values) / len(values) for key, values in dice.items()}
 
@@ -303,8 +312,10 @@ def run_demo(folder: Path | None = None, *, console: Console | None = None) -> D
     seconds = time.monotonic() - started
     console.print(f"Finished in {seconds / 60:.1f} minutes. Everything is in {target}", markup=False, soft_wrap=True)
     console.print(f"Picture: {target / 'demo.png'}", markup=False, soft_wrap=True)
+    (page,) = (target / "inspect").glob("*/inspect.html")
+    console.print(f"Inside the network: {page}", markup=False, soft_wrap=True)
     missed = [name for name in LARGEST_ORGANS if not dice[name] >= REQUIRED_DICE]
     if missed:
         scores = ", ".join(f"{name} {dice[name]:.3f}" for name in missed)
         raise DemoError(f"The demo ran, but these organs missed the required Dice of {REQUIRED_DICE}: {scores}.")
-    return DemoResult(folder=target, figure=target / "demo.png", dice=dice, seconds=seconds)
+    return DemoResult(folder=target, figure=target / "demo.png", page=page, dice=dice, seconds=seconds)

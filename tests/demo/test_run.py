@@ -55,6 +55,10 @@ elif name == "nnUNetv2_train":
         os.kill(os.getpid(), 9)
 elif name == "nnUNetv2_predict":
     shutil.copytree(raw / "labelsTs", args[args.index("-o") + 1])
+elif name == "nnunet-deform":
+    page = pathlib.Path(args[args.index("-o") + 1], "case", "inspect.html")
+    page.parent.mkdir(parents=True)
+    page.write_text("the page")
 elif name == "nnUNetv2_evaluate_folder":
     dice = json.loads(os.environ["FAKE_DICE"])
     cases = [{"metrics": {str(v): {"Dice": d + shift} for v, d in enumerate(dice, 1)}} for shift in (-0.05, 0.05)]
@@ -81,8 +85,9 @@ run.run_demo(Path(sys.argv[2]))
 def fakes(tmp_path_factory, monkeypatch) -> Path:
     """Folder of the fake commands, with ``pids`` written into it; the demo of this process uses them."""
     folder = tmp_path_factory.mktemp("scripts")
-    for name in ("plan_and_preprocess", "train", "predict", "evaluate_folder"):
-        script = folder / f"nnUNetv2_{name}"
+    names = [f"nnUNetv2_{name}" for name in ("plan_and_preprocess", "train", "predict", "evaluate_folder")]
+    for name in (*names, "nnunet-deform"):
+        script = folder / name
         script.write_text(f"#!{sys.executable}\n{FAKE}")
         script.chmod(0o755)
     for module in (commands, run):
@@ -134,6 +139,7 @@ def test_a_run_leaves_the_complete_folder_and_nothing_else(fakes, console, tmp_p
         "nnUNetv2_train",
         "nnUNetv2_predict",
         "nnUNetv2_evaluate_folder",
+        "nnunet-deform",
     ]
     for call in calls:
         folders = {f"nnUNet_{name}": f"nnUNet_{name}" for name in ("raw", "preprocessed", "results")}
@@ -141,7 +147,7 @@ def test_a_run_leaves_the_complete_folder_and_nothing_else(fakes, console, tmp_p
         assert call["environment"]["nnUNet_extTrainer"] == activation.extension_folder()
         assert "nnUNet_wandb_enabled" not in call["environment"]
     # 0 workers make planning crash in nnU-Net, and training bit-reproducible
-    assert [call["environment"]["nnUNet_n_proc_DA"] for call in calls] == ["1", "0", "1", "1"]
+    assert [call["environment"]["nnUNet_n_proc_DA"] for call in calls] == ["1", "0", "1", "1", "1"]
 
     shown = console.export_text()
     arguments = f"501 3d_fullres 0 -tr {run._TRAINER} -device cpu"
@@ -153,6 +159,14 @@ def test_a_run_leaves_the_complete_folder_and_nothing_else(fakes, console, tmp_p
     assert [cell.strip() for cell in rows["spleen"]] == ["0.800", "0.750", "0.850", "0.60"]
     assert [cell.strip() for cell in rows["lesions"]] == ["0.100", "0.050", "0.150", "-"]
     assert str(result.folder) in shown
+    assert result.page.read_text() == "the page"
+    arguments = calls[4]["args"]
+    assert arguments[:3] == [
+        "inspect",
+        "-m",
+        f"{Path(calls[1]['environment']['nnUNet_results'], DATASET_NAME)}/{run._TRAINER}__nnUNetPlans__3d_fullres",
+    ]
+    assert f"Inside the network: {result.page}" in shown
 
 
 def test_the_training_is_the_short_recipe_of_at_least_60_steps():
@@ -333,6 +347,7 @@ def test_the_whole_demo_reaches_the_bar_in_time(console, tmp_path):
     assert result.dice["liver"] >= 0.6
     assert result.dice["spleen"] >= 0.6
     assert result.seconds < 360
+    assert "Where deformable convolutions read" in result.page.read_text()
     log = (result.folder / "logs" / "nnUNetv2_train.log").read_text()
     assert len(re.findall(r"\btrain_loss \S+", log)) == run._EPOCHS
     trained = result.folder / "nnUNet_results" / DATASET_NAME
