@@ -24,6 +24,7 @@ from nnunet_deform import activation
 from nnunet_deform.comparison.collect import CollectionError
 from nnunet_deform.comparison.experiment import ExperimentError
 from nnunet_deform.comparison.files import fingerprint, read_json
+from nnunet_deform.comparison.inspections import inspect_worst_cases
 from nnunet_deform.comparison.prepare import PreparationError
 from nnunet_deform.comparison.report.experiment import volume_readers
 from nnunet_deform.comparison.run import Comparison, RunError, format_seconds
@@ -36,6 +37,7 @@ from nnunet_deform.comparison.trainings import (
     record_file,
     write_record,
 )
+from nnunet_deform.inspection.model import InspectionError
 from nnunet_deform.processes.commands import Interrupts
 
 pytestmark = pytest.mark.usefixtures("use_fakes", "undrawn")
@@ -83,6 +85,47 @@ def test_pictures_are_of_the_configurations_own_predictions(finished):
     assert set(readers) == {(NAME, "3d_fullres"), (NAME, "2d")}
     assert readers[NAME, "3d_fullres"]("stock", case).prediction.shape == (6, 12, 14)
     assert readers[NAME, "2d"]("stock", case) is None  # nothing was trained there
+
+
+def test_pages_of_the_worst_cases_are_made_on_request_and_linked(finished, monkeypatch):
+    asked = []
+
+    def load(folder: Path, **options: object) -> str:
+        asked.append((folder, options))
+        if "ResEnc" in folder.name:
+            raise InspectionError("this model is broken.")
+        return folder.name
+
+    def look(models: list[str], image: Path, output: Path, *, labels: Path) -> None:
+        page = output / image.name.removesuffix("_0000.nii.gz") / "inspect.html"
+        page.parent.mkdir(parents=True)
+        page.write_text(models[0])
+        assert (labels / f"{page.parent.name}.nii.gz").exists()
+
+    monkeypatch.setattr("nnunet_deform.inspection.model.load_model", load)
+    monkeypatch.setattr("nnunet_deform.inspection.command.inspect_cases", look)
+    assert "Look inside" not in finished.report()
+    (failure,) = inspect_worst_cases(finished.file)
+    assert re.fullmatch(r"no page of ResEnc and tr_\d\d: this model is broken\.", failure)
+    folder = finished.output / "report" / "inspect" / f"{NAME}-3d_fullres"
+    pages = sorted(folder.rglob("inspect.html"))
+    assert [page.parts[-3] for page in pages] == ["DeformUX", "stock"]
+    table = finished.table()
+    for page in pages:
+        arm, case = page.parts[-3:-1]
+        scores = table[(table["arm"] == arm) & table["case"].str.startswith("tr_")].groupby("case")["Dice"].mean()
+        assert scores[case] == scores.min()
+        # by the model that has not seen it
+        splits = read_json(finished.folder / "preprocessed" / NAME / "splits_final.json")
+        (options,) = (o for f, o in asked if f.name == page.read_text())
+        assert case in splits[int(options["fold"])]["val"]
+        assert options["device"] == "cpu"
+    report = finished.report()
+    for page in pages:
+        assert f'href="{page.relative_to(finished.output / "report").as_posix()}"' in report
+    # What is newer than its model is kept.
+    inspect_worst_cases(finished.file)
+    assert len(asked) == 4
 
 
 def test_a_whole_run_then_nothing_is_done_twice(undisturbed, monkeypatch):

@@ -20,6 +20,10 @@ def run(
             "that it has already, from another machine perhaps, are not repeated.",
         ),
     ] = None,
+    inspect: Annotated[
+        bool,
+        typer.Option("--inspect", help="Make inspect's pages of each arm's worst case; the report links to them."),
+    ] = False,
 ) -> None:
     """Plan, preprocess, train, predict, score and report; continues where an earlier run stopped.
 
@@ -29,6 +33,10 @@ def run(
         from nnunet_deform.comparison.report import build_report
 
         failures = comparison.run()
+        if inspect:
+            from nnunet_deform.comparison.inspections import inspect_worst_cases
+
+            failures += inspect_worst_cases(file)
         page = build_report(file, archive)
     print(f"Report: {page}")
     if failures:

@@ -18,12 +18,14 @@ from nnunet_deform.comparison.operators import Diagnostics
 
 @dataclass(frozen=True)
 class Volumes:
-    """One case and one arm's prediction of it. image, truth, prediction: [Z, Y, X]; spacing: mm, (z, y, x)."""
+    """One case and one arm's prediction of it. image, truth, prediction: [Z, Y, X]; spacing: mm, (z, y, x); page: of
+    ``nnunet-deform inspect``, relative to the report, None where there is none."""
 
     image: np.ndarray
     truth: np.ndarray
     prediction: np.ndarray
     spacing: tuple[float, float, float]
+    page: str | None = None
 
 
 ReadVolumes = Callable[[str, str], Volumes | None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -142,7 +143,7 @@ def _not_tested_or_measured(
     ]
 
 
-def volume_readers(experiment: Experiment, folders: Folders) -> dict[tuple[str, str], ReadVolumes]:
+def volume_readers(experiment: Experiment, folders: Folders) -> dict[tuple[str, str], OutOfFold]:
     """By dataset and configuration: of the first seed's predictions, as far as they lie in ``folders``.
 
     Raises:
@@ -154,32 +155,53 @@ def volume_readers(experiment: Experiment, folders: Folders) -> dict[tuple[str, 
             mine = by_dataset.setdefault((training.dataset, training.configuration), {})
             mine[training.arm, training.fold] = training
     return {
-        (name, configuration): _reader_of_volumes(
+        (name, configuration): OutOfFold(
             find_dataset(experiment.dataset(name, configuration), folders), trainings, folders
         )
         for (name, configuration), trainings in by_dataset.items()
     }
 
 
-def _reader_of_volumes(
-    found: DatasetFolders, by_arm_and_fold: Mapping[tuple[str, int], Training], folders: Folders
-) -> ReadVolumes:
-    folds = {fold for _, fold in by_arm_and_fold}
-    splits = read_json(found.splits_file) if found.splits_file.exists() else []
-    fold_of = {case: fold for fold, split in enumerate(splits) for case in split["val"] if fold in folds}
+class OutOfFold:
+    """The trainings that have not seen a case, and the files of it. Called, it is a ``ReadVolumes``."""
 
-    def read(arm: str, case: str) -> Volumes | None:
-        training, ending = by_arm_and_fold[arm, fold_of[case]], found.file_ending
-        prediction = training.folder(folders.results) / "validation" / f"{case}{ending}"
+    def __init__(
+        self, found: DatasetFolders, by_arm_and_fold: Mapping[tuple[str, int], Training], folders: Folders
+    ) -> None:
+        self._found, self._by_arm_and_fold, self._folders = found, by_arm_and_fold, folders
+        folds = {fold for _, fold in by_arm_and_fold}
+        splits = read_json(found.splits_file) if found.splits_file.exists() else []
+        self._fold_of = {case: fold for fold, split in enumerate(splits) for case in split["val"] if fold in folds}
+
+    @property
+    def labels(self) -> Path:
+        """The folder of true segmentations."""
+        return self._found.raw / "labelsTr"
+
+    def training(self, arm: str, case: str) -> Training:
+        return self._by_arm_and_fold[arm, self._fold_of[case]]
+
+    def image(self, case: str) -> Path:
+        """The file of its first channel."""
+        image = self._found.raw / "imagesTr" / f"{case}_0000{self._found.file_ending}"
+        if not image.exists():  # a dataset that lists its files elsewhere
+            image = Path(read_json(self._found.raw / "dataset.json")["dataset"][case]["images"][0])
+        return image
+
+    def inspected(self, arm: str) -> Path:
+        """Where the pages of an arm's cases are, of ``nnunet-deform inspect``, relative to the report."""
+        training = next(t for (name, _), t in self._by_arm_and_fold.items() if name == arm)
+        return Path("inspect", training.arm_key)
+
+    def __call__(self, arm: str, case: str) -> Volumes | None:
+        training, ending = self.training(arm, case), self._found.file_ending
+        prediction = training.folder(self._folders.results) / "validation" / f"{case}{ending}"
         if not prediction.exists():
             return None
-        image = found.raw / "imagesTr" / f"{case}_0000{ending}"
-        if not image.exists():  # a dataset that lists its files elsewhere
-            image = Path(read_json(found.raw / "dataset.json")["dataset"][case]["images"][0])
-        reader = PlansManager(str(found.plans_file(training.plans))).image_reader_writer_class()
-        return read_volumes(image, found.raw / "labelsTr" / f"{case}{ending}", prediction, reader)
-
-    return read
+        reader = PlansManager(str(self._found.plans_file(training.plans))).image_reader_writer_class()
+        volumes = read_volumes(self.image(case), self.labels / f"{case}{ending}", prediction, reader)
+        page = self.inspected(arm) / case / "inspect.html"
+        return replace(volumes, page=page.as_posix()) if (self._folders.output / "report" / page).exists() else volumes
 
 
 def _provenance(records: Mapping[Training, Record]) -> list[Provenance]:

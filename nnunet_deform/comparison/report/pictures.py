@@ -32,13 +32,15 @@ def read_volumes(image: Path, truth: Path, prediction: Path, reader: BaseReaderW
 
 @dataclass(frozen=True)
 class Picture:
-    """score: in words; url: of the PNG, None where the prediction was deleted, to save space perhaps."""
+    """score: in words; url: of the PNG, None where the prediction was deleted, to save space perhaps; page: see
+    :class:`nnunet_deform.comparison.report.content.Volumes`."""
 
     arm: str
     case: str
     score: str
     url: str | None
     alt: str
+    page: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,14 @@ def arm_row(analysis: DatasetAnalysis, primary: MetricAnalysis, content: Dataset
     """The worst case of each arm."""
     pictures: list[Picture] = []
     for position, arm in enumerate(analysis.arms):
-        case = _worst_first(primary, primary.scores[position])[0]
+        case = worst_case(primary, position)
         pictures += _pictures(analysis, primary, content, (arm,), case)
     return Row("The worst case of each arm", tuple(pictures))
+
+
+def worst_case(primary: MetricAnalysis, arm: int) -> int:
+    """The position of the case on which an arm, given by its position, scores worst."""
+    return int(_worst_first(primary, primary.scores[arm])[0])
 
 
 def pair_rows(
@@ -117,7 +124,7 @@ def _pictures(
             )
         where = "" if place is None else f", slice {place + 1}"
         alt = f"{case}{where}: truth filled and {arm}'s prediction outlined, {primary.metric.name} {score}"
-        yield Picture(arm, case, score, url, alt)
+        yield Picture(arm, case, score, url, alt, None if volumes is None else volumes.page)
 
 
 def _slice(volumes: Volumes, ignore_label: int | None, in_truth: bool) -> int:
