@@ -1,14 +1,21 @@
 """What the planner estimates, beside what autograd keeps: the table of docs/planning.md.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--patch NAME ...] [--compiled] [--output FILE.json]
 
 For the patches that nnU-Net plans, each network in the place of its U-Net, one channel and three classes, float16
 autocast on fake CUDA tensors, so no GPU is needed, but a torch for CUDA, from 2.11 on. Kept bytes are of the tensors
-saved for the backward pass, of one sample: of the plain form, which compilers get and which the planner estimates, and
-of an eager training step, which computes cheap things again. GB are the planner's for a step of batch 2 (12 in 2D).
+saved for the backward pass, of one sample: of the plain form, which the planner estimates; of an eager training step,
+which computes cheap things again, and with recompute="blocks" whole blocks; and of a compiled one, as inductor's
+partition has it (--compiled; minutes for each network). The peak is the most that an eager step holds at one time of
+its backward pass: what is kept and made again, and the gradients of feature maps. GB are the planner's for a step of
+batch 2 (12 in 2D).
 """
 
+import argparse
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
@@ -16,7 +23,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunet_deform.networks.memory import unable_to_follow_autocast
 from nnunet_deform.plans import estimated_gigabytes
 from nnunet_deform.plans.architecture import Architecture
-from nnunet_deform.plans.memory import estimated_bytes, kept_bytes
+from nnunet_deform.plans.memory import compiled_kept_bytes, estimated_bytes, kept_bytes, step_bytes
 from nnunet_deform.plans.planners import PLANNERS
 from nnunet_deform.selftest.measuring import describe
 
@@ -57,29 +64,56 @@ def planned_unet(patch: tuple[int, ...], spacing: tuple[float, ...]) -> Architec
     }
 
 
+def contenders(unet: Architecture, patch: tuple[int, ...]) -> dict[str, Architecture]:
+    """The networks by name, ours in both modes."""
+    found = {"PlainConvUNet": unet}
+    for planner in PLANNERS.values():
+        found[planner.label] = planner.architecture(unet, patch)
+        found[f"{planner.label}, blocks"] = planner.architecture(unet, patch, recompute="blocks")
+    return found
+
+
+def measured(architecture: Architecture, patch: tuple[int, ...], batch: int, compiled: bool) -> dict[str, Any]:
+    """Bytes, and the planner's GB; what is estimated and the plain form do not depend on the mode."""
+    arguments = (architecture, patch, CHANNELS, CLASSES)
+    step = step_bytes(*arguments)
+    return {
+        "levels": len(architecture["arch_kwargs"]["strides"]),
+        "estimated": round(estimated_bytes(*arguments, mixed_precision=True)),
+        "plain": kept_bytes(*arguments, mixed_precision=True),
+        "eager": kept_bytes(*arguments, mixed_precision=True, eager=True),
+        "peak": step.peak,
+        "compiled": compiled_kept_bytes(*arguments) if compiled else None,
+        "gigabytes": round(estimated_gigabytes(architecture, patch, batch, CHANNELS, CLASSES, mixed_precision=True), 2),
+    }
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patch", nargs="+", choices=PATCHES, default=list(PATCHES))
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
     if unable_to_follow_autocast() is not None:
         sys.exit(unable_to_follow_autocast())
-    print(f"torch {torch.__version__}, {describe()['date']}")
-    print("| patch | network | levels | kept, estimated (MB) | kept, measured (MB) | error | kept, eager (MB) | GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for label, (patch, spacing, batch) in PATCHES.items():
-        unet = planned_unet(patch, spacing)
-        networks = {"PlainConvUNet": unet} | {
-            planner.label: planner.architecture(unet, patch) for planner in PLANNERS.values()
-        }
-        for name, architecture in networks.items():
-            arguments = (architecture, patch, CHANNELS, CLASSES)
-            estimate = estimated_bytes(*arguments, mixed_precision=True)
-            measured = kept_bytes(*arguments, mixed_precision=True)
-            eager = kept_bytes(*arguments, mixed_precision=True, eager=True)
-            gigabytes = estimated_gigabytes(architecture, patch, batch, CHANNELS, CLASSES, mixed_precision=True)
+    record = {"about": describe(), "batch": 1, "bytes": {}}
+    print(f"torch {torch.__version__}, {record['about']['date']}")
+    print("| patch | network | levels | estimated (MB) | plain form (MB) | error | eager | peak | compiled | GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for label in options.patch:
+        patch, spacing, batch = PATCHES[label]
+        rows = record["bytes"].setdefault(label, {})
+        for name, architecture in contenders(planned_unet(patch, spacing), patch).items():
+            rows[name] = row = measured(architecture, patch, batch, options.compiled)
+            mega = {key: "-" if row[key] is None else f"{row[key] / 1e6:.0f}" for key in ("eager", "peak", "compiled")}
             print(
-                f"| {label} | {name} | {len(architecture['arch_kwargs']['strides'])} | {estimate / 1e6:.0f} | "
-                f"{measured / 1e6:.0f} | {100 * (estimate / measured - 1):+.1f} % | {eager / 1e6:.0f} | "
-                f"{gigabytes:.1f} |",
+                f"| {label} | {name} | {row['levels']} | {row['estimated'] / 1e6:.0f} | {row['plain'] / 1e6:.0f} | "
+                f"{100 * (row['estimated'] / row['plain'] - 1):+.1f} % | {mega['eager']} | {mega['peak']} | "
+                f"{mega['compiled']} | {row['gigabytes']:.1f} |",
                 flush=True,
             )
+            if options.output is not None:
+                options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

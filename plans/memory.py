@@ -10,7 +10,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunet_deform.layers.recomputation import plain_forms
-from nnunet_deform.networks.memory import bytes_kept_on_cuda
+from nnunet_deform.networks.memory import StepBytes, bytes_kept_on_cuda, bytes_of_step_on_cuda
 from nnunet_deform.plans.deformux import NETWORK as DEFORMUX
 from nnunet_deform.plans.lightmedseg import NETWORK as LIGHTMEDSEG
 from nnunet_deform.plans.magic import NETWORKS as MAGIC
@@ -148,6 +148,38 @@ def kept_bytes(
             )
             for batch in (1, 2)
         )
+    return two - one
+
+
+def step_bytes(
+    architecture: Mapping[str, Any], patch_size: Sequence[int], input_channels: int, num_classes: int
+) -> StepBytes:
+    """What an eager training step under float16 autocast holds of one sample on a CUDA device, measured as by
+    :func:`bytes_of_step_on_cuda`, without what does not grow with the batch."""
+    one, two = (
+        bytes_of_step_on_cuda(
+            lambda: _build(architecture, input_channels, num_classes), (batch, input_channels, *patch_size)
+        )
+        for batch in (1, 2)
+    )
+    return StepBytes(*(b - a for a, b in zip(one, two, strict=True)))
+
+
+def compiled_kept_bytes(
+    architecture: Mapping[str, Any], patch_size: Sequence[int], input_channels: int, num_classes: int
+) -> int:
+    """Bytes that a compiled training step under float16 autocast keeps of one sample on a CUDA device, without what
+    does not grow with the batch, measured as by
+    :func:`nnunet_deform.networks.compiled_memory.bytes_kept_by_compiled_step`. It takes minutes."""
+    # Importing the compiler takes seconds, and few ask.
+    from nnunet_deform.networks.compiled_memory import bytes_kept_by_compiled_step
+
+    one, two = (
+        bytes_kept_by_compiled_step(
+            lambda: _build(architecture, input_channels, num_classes), (batch, input_channels, *patch_size)
+        )
+        for batch in (1, 2)
+    )
     return two - one
 
 

@@ -19,7 +19,8 @@ Node = Any
 
 @contextmanager
 def without_engine() -> Iterator[None]:
-    """Within, ``torch.autograd.grad`` goes without the engine, and autocast is as on a machine with a GPU."""
+    """Within, ``torch.autograd.grad`` goes without the engine, and autocast is as on a machine with a GPU; for forward
+    passes made within as well."""
     apply = torch.autograd.Function.__dict__["apply"]
     tensors: dict[int, list[bool]] = {}
 
@@ -37,8 +38,10 @@ def without_engine() -> Iterator[None]:
         grad_outputs: Tensor | Sequence[Tensor] | None = None,
         **_: Any,
     ) -> tuple[Tensor | None, ...]:
-        outputs, inputs = list(_tuple(outputs)), list(_tuple(inputs))
-        gradients = [torch.ones_like(o) for o in outputs] if grad_outputs is None else list(_tuple(grad_outputs))
+        gradients = [torch.ones_like(o) for o in _tuple(outputs)] if grad_outputs is None else grad_outputs
+        # Lists are emptied, so that what they alone hold is freed on the way.
+        outputs, gradients = (of if isinstance(of, list) else list(_tuple(of)) for of in (outputs, gradients))
+        inputs = list(_tuple(inputs))
         return _run(outputs, gradients, inputs, tensors)
 
     with ExitStack() as stack:

@@ -1,14 +1,20 @@
 """What training a network keeps in memory."""
 
 import copy
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnunet_deform.layers.recomputation import plain_forms
+from nnunet_deform.networks.fake_backward import without_engine
 
 # What autograd keeps of nnU-Net's PlainConvUNet, in elements, for each element that nnU-Net's memory estimate counts.
 STORED_PER_COUNTED = 1.85
@@ -38,25 +44,93 @@ def bytes_kept_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int
     Raises:
         RuntimeError: mixed precision, which this torch cannot follow without a CUDA device.
     """
-    with torch.device("meta"):
-        network, image = build(), torch.empty(tuple(input_shape))
     if not mixed_precision:
+        with torch.device("meta"):
+            network, image = build(), torch.empty(tuple(input_shape))
         return sum(tensor.untyped_storage().nbytes() for tensor in _kept(network, image))
+    with on_fake_cuda(build, input_shape) as (network, image), float16_autocast():
+        return sum(tensor.untyped_storage().nbytes() for tensor in _kept(network, image))
+
+
+class StepBytes(NamedTuple):
+    """Bytes of tensors after the forward pass of an eager training step, and at most at one time of its backward pass;
+    without parameters and their gradients, image and loss."""
+
+    kept: int
+    peak: int
+
+
+def bytes_of_step_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> StepBytes:
+    """What an eager training step under float16 autocast holds on a CUDA device; arguments and errors as of
+    :func:`bytes_kept_on_cuda`."""
+    with on_fake_cuda(build, input_shape) as (network, image):
+        held = _Held([*network.parameters(), *network.buffers(), image])
+        with without_engine(), held:
+            with float16_autocast():
+                outputs = list(network(image))
+            kept = held.now
+            gradients = [torch.ones_like(output) for output in outputs]
+            held.peak = held.now
+            # Emptied on the way, as nothing holds them in a training step.
+            torch.autograd.grad(outputs, [], gradients)
+        return StepBytes(kept, held.peak)
+
+
+class _Held(TorchDispatchMode):
+    """Bytes of the storages made within that are still held, now and at most."""
+
+    def __init__(self, others: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in others}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def on_fake_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Network and image on a CUDA device that need not be there."""
     unable = unable_to_follow_autocast()
     if unable is not None:
         raise RuntimeError(unable)
+    with torch.device("meta"):
+        network = build()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _move_to_cuda(network)
-        image = torch.empty(tuple(input_shape), device="cuda")
-        # torch.autocast would find no device and stay off.
-        torch.set_autocast_dtype("cuda", torch.float16)
-        torch.set_autocast_enabled("cuda", True)
-        try:
-            kept = _kept(network, image)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-            torch.clear_autocast_cache()
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+        yield network, torch.empty(tuple(input_shape), device="cuda")
+
+
+@contextmanager
+def float16_autocast() -> Iterator[None]:
+    """Under nnU-Net's autocast on CUDA."""
+    # torch.autocast would find no device and stay off.
+    torch.set_autocast_dtype("cuda", torch.float16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
 
 
 def _move_to_cuda(network: nn.Module) -> None:

@@ -19,10 +19,17 @@ from nnunet_deform.plans import (
     magic_architecture,
     memory,
 )
-from nnunet_deform.plans.memory import elements_for, estimated_bytes, estimated_elements, kept_bytes
+from nnunet_deform.plans.memory import (
+    compiled_kept_bytes,
+    elements_for,
+    estimated_bytes,
+    estimated_elements,
+    kept_bytes,
+    step_bytes,
+)
 
 ARCHITECTURES = {
-    "PlainConvUNet": lambda base, patch: base,
+    "PlainConvUNet": lambda base, patch, **options: base,
     "DeformUXNet": deformux_architecture,
     "LightMedSeg": lightmedseg_architecture,
     "MagicPlainConvUNet": magic_architecture,
@@ -166,6 +173,33 @@ def test_eager_steps_keep_less(name, patch, most):
     architecture = ARCHITECTURES[name](unet(patch, (1, 1, 1)), patch)
     kept = kept_bytes(architecture, patch, 1, 3, mixed_precision=True, eager=True)
     assert 0.9 * most < kept / 1e6 < most
+
+
+@needs_autocast
+@pytest.mark.parametrize(
+    ("name", "options", "kept", "peak"),
+    [
+        ("PlainConvUNet", {}, 28.0, 36.2),
+        ("DeformUXNet", {}, 34.2, 52.9),
+        pytest.param("DeformUXNet", {"recompute": "blocks"}, 21.5, 49.6, marks=pytest.mark.slow),
+        pytest.param("LightMedSeg", {}, 9.6, 16.5, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_backward_pass_holds_more_at_one_time_than_is_kept(name, options, kept, peak):
+    patch = (32, 32, 32)
+    architecture = ARCHITECTURES[name](unet(patch, (1, 1, 1)), patch, **options)
+    step = step_bytes(architecture, patch, 1, 3)
+    assert (step.kept / 1e6, step.peak / 1e6) == pytest.approx((kept, peak), rel=0.01)
+
+
+@needs_autocast
+@pytest.mark.slow
+def test_a_compiled_stock_network_keeps_what_an_eager_one_does():
+    patch = (32, 32, 32)
+    architecture = unet(patch, (1, 1, 1))
+    eager = kept_bytes(architecture, patch, 1, 3, mixed_precision=True, eager=True)
+    assert compiled_kept_bytes(architecture, patch, 1, 3) == pytest.approx(eager, rel=0.01)
 
 
 @needs_autocast
