@@ -160,27 +160,34 @@ def magic_block() -> Drawing:
     return d
 
 
+# The layers of import-linter's contract in pyproject.toml, topmost first.
+LADDER = [
+    ("cli", "one file a command"),
+    ("demo, deployment, comparison, selftest", "whole tasks"),
+    ("inspection", "what a trained network sees and does"),
+    ("pages", "style and figures of HTML pages"),
+    ("diagnosis", "what is wrong, and what to do"),
+    ("trainers", "recipes, nnU-Net's contract; no mathematics"),
+    ("plans", "a stock plan and a patch -> our architecture"),
+    ("networks, losses", "one network a file; nothing of nnU-Net"),
+    ("layers", "modules that wire operators"),
+    ("ops", "functions on tensors, backends"),
+    ("processes, activation", "nothing of ours"),
+]
+# An operator's way into nnU-Net.
+RUNGS = ("trainers", "plans", "networks", "layers", "ops")
+
+
 def ladder() -> Drawing:
-    d = Drawing(760, 470, "The ladder: each level imports only the levels below it")
-    levels = [
-        ("cli", "one file a command"),
-        ("demo, deployment, comparison, selftest", "whole tasks"),
-        ("diagnosis", "what is wrong, and what to do"),
-        ("trainers", "recipes, nnU-Net's contract; no mathematics"),
-        ("plans", "a stock plan and a patch -> our architecture"),
-        ("networks, losses", "one network a file; nothing of nnU-Net"),
-        ("layers", "modules that wire operators"),
-        ("ops", "functions on tensors, backends"),
-        ("processes, activation", "nothing of ours"),
-    ]
-    for number, (name, what) in enumerate(levels):
+    d = Drawing(760, 20 + 51 * len(LADDER), "The ladder: each level imports only the levels below it")
+    for number, (name, what) in enumerate(LADDER):
         y = 12 + 51 * number
-        d.box(60, y, 340, 38, name, fill=NEW if number in (3, 4, 5, 6, 7) else PLAIN)
+        d.box(60, y, 340, 38, name, fill=NEW if name.split(",")[0] in RUNGS else PLAIN)
         d.note(410, y + 24, what, anchor="start", size=13)
         if number:
             d.arrow((225, y - 13), (225, y - 1))
-    d.arrow((30, 20), (30, 450))
-    d.note(30, 465, "imports", size=12)
+    d.arrow((30, 20), (30, 51 * len(LADDER) - 12))
+    d.note(30, 51 * len(LADDER) + 6, "imports", size=12)
     return d
 
 

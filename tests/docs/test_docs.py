@@ -18,6 +18,11 @@ import typer
 from nnunet_deform import cli
 from nnunet_deform.trainers.variants import find_trainer
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -137,6 +142,13 @@ def test_the_figures_are_drawn_from_what_is_committed():
     assert {f"{name}.svg" for name in drawn} == {path.name for path in (DOCS / "figures").glob("*.svg")}
     for name, draw in drawn.items():
         assert draw().svg() == (DOCS / "figures" / f"{name}.svg").read_text(), f"run docs/figures/draw.py ({name})"
+
+
+def test_the_ladder_is_the_one_that_is_checked():
+    contract, *_ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    checked = [{name.removeprefix("nnunet_deform.") for name in layer.split(" | ")} for layer in contract["layers"]]
+    drawn = runpy.run_path(str(DOCS / "figures" / "draw.py"))["LADDER"]
+    assert [set(names.split(", ")) for names, _ in drawn] == checked
 
 
 @pytest.mark.slow
