@@ -43,7 +43,7 @@ def render(found: Sequence[Findings], album: Album) -> str:
     names, marks = _names(found), _marks(found)
     sections = [_case(found, names, place, album)]
     sections += [_activation(findings, mark, place, album) for findings, mark in zip(found, marks, strict=True)]
-    sections.append(_fields(found, names, album))
+    sections.append(_fields(found, album))
     for findings, mark in zip(found, marks, strict=True):
         sections += _operators(findings, mark, place, album)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
@@ -140,7 +140,7 @@ def _activation(findings: Findings, mark: str, place: int, album: Album) -> Sect
     return section
 
 
-def _fields(found: Sequence[Findings], names: Sequence[str], album: Album) -> Section:
+def _fields(found: Sequence[Findings], album: Album) -> Section:
     section = Section("Effective receptive field")
     section.words.append(
         "|d logit / d image|, mean over a few voxels, each in the middle of a patch, whose logit is that of "
@@ -149,11 +149,11 @@ def _fields(found: Sequence[Findings], names: Sequence[str], album: Album) -> Se
     fields = {}
     rows = []
     channels = found[0].model.predictor.dataset_json.get("channel_names", {})
-    for position, (findings, name) in enumerate(zip(found, names, strict=True), start=1):
-        of = f" {position}" if len(found) > 1 else ""
-        fields |= {f"trained{of}": findings.trained, f"untrained{of}": findings.untrained}
+    for findings, mark in zip(found, _marks(found), strict=True):
         for what, one in (("trained", findings.trained), ("untrained", findings.untrained)):
-            rows.append([name, what, number(one.radius), *(f"{share:.1%}" for share in one.channels)])
+            fields[f"{what} {mark}".strip()] = one
+    for what, one in fields.items():
+        rows.append([what, number(one.radius), *(f"{share:.1%}" for share in one.channels)])
     section.pictures.append(
         album.add(
             "receptive_field",
@@ -163,7 +163,7 @@ def _fields(found: Sequence[Findings], names: Sequence[str], album: Album) -> Se
         )
     )
     shares = [f"channel {channels.get(str(i), i)}" for i in range(len(found[0].trained.channels))]
-    section.tables.append(Table(["model", "", "radius of half (mm)", *shares], rows))
+    section.tables.append(Table(["weights", "radius of half (mm)", *shares], rows))
     places = [
         [voxel.name, ", ".join(f"{v:.1f}" for v in voxel.case), ", ".join(f"{v:.1f}" for v in voxel.world)]
         for voxel in found[0].voxels
