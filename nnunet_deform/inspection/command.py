@@ -79,7 +79,12 @@ def inspect_cases(
 
         found: list[Findings] = []
         for model, case in zip(models, read, strict=True):
-            found.append(examine(model, case, found[0].classes if found else classes, advance))
+            found.append(
+                # The second model is looked at where the first one was.
+                examine(model, case, found[0].classes, advance, found[0].voxels)
+                if found
+                else examine(model, case, classes, advance)
+            )
         pages.append(_write(output, name, found, paths[0]))
         looked_at.append(found[0])
     if len(cases) > 1:

@@ -146,12 +146,17 @@ def passes(model: Model, case: Case) -> int:
 
 
 def examine(
-    model: Model, case: Case, classes: Sequence[str] = (), on_pass: Callable[[], None] = lambda: None
+    model: Model,
+    case: Case,
+    classes: Sequence[str] = (),
+    on_pass: Callable[[], None] = lambda: None,
+    voxels: Sequence[Voxel] = (),
 ) -> Findings:
     """
     Args:
         classes: names; none: the largest ones of the prediction.
         on_pass: called after each pass of the network.
+        voxels: to look at, of another model's findings of the case; none: of the first class's prediction.
 
     Raises:
         InspectionError: a class is not in the model.
@@ -166,7 +171,10 @@ def examine(
             sizes = {name: int(mask.sum()) for name, mask in masks.items()}
             largest = sorted(sizes, key=lambda name: -sizes[name])
             classes = [name for name in largest[:LARGEST] if sizes[name]] or largest[:1]
-        voxels = _voxels(model, case, classes[0], masks[classes[0]], logits.float())
+        if voxels:
+            voxels = tuple(_voxel(case, voxel.name, _nearest(case, voxel)) for voxel in voxels)
+        else:
+            voxels = _voxels(model, case, classes[0], masks[classes[0]], logits.float())
         found = windows(model, case)
         with _timed(seconds, "activation maps"):
             layers, maps = _activation_maps(model, case, found, {name: masks[name] for name in classes})
@@ -261,12 +269,19 @@ def _voxels(model: Model, case: Case, name: str, mask: Tensor, logits: Tensor) -
         candidates = np.argwhere(inside)
         drawn = np.random.default_rng(0).choice(len(candidates), min(RANDOM_VOXELS, len(candidates)), replace=False)
         places |= {f"random {number}": candidates[index] for number, index in enumerate(drawn, start=1)}
-    found = []
-    for what, place in places.items():
-        in_case = case.geometry.to_case(np.array(place))
-        world = case.geometry.to_world(in_case)
-        found.append(Voxel(what, tuple(map(int, place)), tuple(in_case.tolist()), tuple(world.tolist())))
-    return tuple(found)
+    return tuple(_voxel(case, what, place) for what, place in places.items())
+
+
+def _voxel(case: Case, name: str, place: Sequence[int]) -> Voxel:
+    in_case = case.geometry.to_case(np.array(place))
+    world = case.geometry.to_world(in_case)
+    return Voxel(name, tuple(map(int, place)), tuple(in_case.tolist()), tuple(world.tolist()))
+
+
+def _nearest(case: Case, voxel: Voxel) -> np.ndarray:
+    """In the preprocessed data; another model may have cropped or resampled the case otherwise."""
+    place = np.round(case.geometry.from_case(np.array(voxel.case))).astype(int)
+    return np.clip(place, 0, np.array(case.geometry.resampled) - 1)
 
 
 def _error_depth(model: Model, case: Case, name: str, inside: np.ndarray) -> tuple[int, ...] | None:

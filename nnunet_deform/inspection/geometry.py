@@ -40,6 +40,12 @@ class Geometry:
         cropped = (np.asarray(points, float) + 0.5) * scale - 0.5 + np.array(self.corner)
         return cropped[..., np.argsort(self.transpose)]
 
+    def from_case(self, voxels: np.ndarray) -> np.ndarray:
+        """Voxels of the case's array, [..., 3] -> voxels of the preprocessed image."""
+        scale = np.array(self.cropped) / np.array(self.resampled)
+        cropped = np.asarray(voxels, float)[..., list(self.transpose)] - np.array(self.corner)
+        return (cropped + 0.5) / scale - 0.5
+
     def to_world(self, voxels: np.ndarray) -> np.ndarray:
         """Voxels of the case's array, [..., 3] -> mm in the world's x, y, z."""
         xyz = np.asarray(voxels, float)[..., ::-1] * np.array(self.spacing[::-1])

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from nnunet_deform import cli
 from nnunet_deform.inspection.command import inspect_cases
-from nnunet_deform.inspection.examination import MISSED
+from nnunet_deform.inspection.examination import MISSED, examine
 from nnunet_deform.inspection.model import InspectionError, load_model, read_case
 from nnunet_deform.inspection.pictures import Album, Picture
 from nnunet_deform.inspection.windows import Stitched, to_case_grid, windows
@@ -167,6 +167,9 @@ def test_two_models_side_by_side(model, images, tmp_path) -> None:
     ]
     first, second = json.loads((page.parent / "numbers.json").read_text())
     assert {**first, "seconds": None} == {**second, "seconds": None}
+    case = read_case(loaded, "a", [str(images / f"a_000{channel}.nii.gz") for channel in (0, 1)])
+    first = examine(loaded, case, ["back"])
+    assert examine(loaded, case, ["front"], voxels=first.voxels).voxels == first.voxels
     names = {path.name for path in (page.parent / "maps").iterdir()}
     assert {"1_prediction.nii.gz", "2_prediction.nii.gz"} <= names
 

@@ -48,6 +48,8 @@ def test_transposed_cropped_and_resampled() -> None:
     # x: two voxels in one, so its first centre lies between voxels 0 and 1 of the crop; z: each voxel is two.
     np.testing.assert_allclose(geometry.to_case(np.array([0, 0, 0])), [-0.25, 2, 1.5])
     np.testing.assert_allclose(geometry.to_case(np.array([2, 9, 3])), [4.25, 5, 5.5])
+    points = np.random.default_rng(0).normal(size=(4, 3))
+    np.testing.assert_allclose(geometry.from_case(geometry.to_case(points)), points, atol=1e-12)
     assert geometry.resampled_spacing == pytest.approx((1.0, 1.5, 0.8))
     assert geometry.axes_to_case((10, 20, 30)) == (20, 30, 10)
 
