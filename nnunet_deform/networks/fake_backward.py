@@ -11,16 +11,27 @@ from typing import Any
 from unittest import mock
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 Node = Any
+OLDEST_TORCH = Version("2.11")
 
 
 @contextmanager
 def without_engine() -> Iterator[None]:
     """Within, ``torch.autograd.grad`` goes without the engine, and autocast is as on a machine with a GPU; for forward
-    passes made within as well."""
+    passes made within as well.
+
+    Raises:
+        RuntimeError: a torch older than 2.11, which was seen to crash on calls of nodes.
+    """
+    if Version(torch.__version__) < OLDEST_TORCH:
+        raise RuntimeError(
+            f"torch {torch.__version__} crashes on backward passes without its engine; measure with "
+            f"torch {OLDEST_TORCH} or later."
+        )
     apply = torch.autograd.Function.__dict__["apply"]
     tensors: dict[int, list[bool]] = {}
 
