@@ -58,7 +58,7 @@ def undisturbed(fakes, tmp_path_factory) -> Trial:
 def undrawn(monkeypatch) -> None:
     """Figures are not drawn, which takes half of a report's time; test_report and test_figures look at drawn ones."""
     monkeypatch.setattr(
-        figures, "_svg", lambda figure, name, alt: f'<svg role="img" aria-label="{html.escape(alt)}"></svg>'
+        figures, "svg", lambda figure, name, alt: f'<svg role="img" aria-label="{html.escape(alt)}"></svg>'
     )
 
 

@@ -88,9 +88,9 @@ class Plan:
 
 def unet_arguments(name: str, levels: int, ndim: int) -> dict[str, Any]:
     """The further arguments of nnU-Net's own U-Nets."""
-    key, last = ("n_blocks_per_stage", 1) if "Residual" in name else ("n_conv_per_stage", 2)
+    encoder = {"n_blocks_per_stage": [1] * levels} if "Residual" in name else {"n_conv_per_stage": [2] * levels}
     return {
-        key: [1] * (levels - 1) + [last],
+        **encoder,
         "n_conv_per_stage_decoder": [1] * (levels - 1),
         "conv_bias": True,
         "norm_op": {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[ndim],

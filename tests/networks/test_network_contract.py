@@ -292,16 +292,16 @@ def outputs_and_gradients(module: nn.Module, network: nn.Module, image: Tensor) 
 
 
 # Operations of the forward and the backward pass together, before inductor decomposes them and with blocks computed
-# again: what compiling costs grows with them. Measured with torch 2.14.1: 423, 806, 1002, 1950, 846, 840, 522 and 1632.
+# again: what compiling costs grows with them. With torch 2.14.1: 423, 806, 1582, 1950, 1322, 1302, 784 and 1632.
 MOST_OPERATIONS = {
-    "DeformUXNet": 440,
-    "LightMedSeg": 820,
-    "MagicPlainConvUNet": 1080,
-    "MagicResidualEncoderUNet": 2110,
-    "DynamicPlainConvUNet-odconv": 910,
-    "DynamicPlainConvUNet-dcd": 900,
-    "DynamicPlainConvUNet-ddconv": 550,
-    "DynamicResidualEncoderUNet-odconv": 1760,
+    "DeformUXNet": 465,
+    "LightMedSeg": 890,
+    "MagicPlainConvUNet": 1740,
+    "MagicResidualEncoderUNet": 2150,
+    "DynamicPlainConvUNet-odconv": 1450,
+    "DynamicPlainConvUNet-dcd": 1430,
+    "DynamicPlainConvUNet-ddconv": 860,
+    "DynamicResidualEncoderUNet-odconv": 1790,
 }
 
 
