@@ -69,9 +69,12 @@ def may_recompute(*blocks: nn.Module) -> bool:
     Compiled or not, that is so in training steps, unless a block would draw random numbers or take its input into
     statistics a second time. Hooks, a block's own and its parts', must see one call; a compiler does not ask for them.
     """
-    if not torch.is_grad_enabled() or _plain.get() or any(map(_changes_when_called, blocks)):
+    if not torch.is_grad_enabled() or any(map(_changes_when_called, blocks)):
         return False
-    return torch.compiler.is_compiling() or not any(_hooks_of(block) or _parts_have_hooks(block) for block in blocks)
+    # Not asked for the form that compilers get while compiling: torch 2.6 cannot follow the question.
+    if torch.compiler.is_compiling():
+        return True
+    return not _plain.get() and not any(_hooks_of(block) or _parts_have_hooks(block) for block in blocks)
 
 
 def _changes_when_called(block: nn.Module) -> bool:
