@@ -1,8 +1,9 @@
 """How much memory training a plan takes, by nnU-Net's own yardstick."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from nnunet_deform.networks.memory import StepBytes, bytes_kept_on_cuda, bytes_o
 from nnunet_deform.plans.deformux import NETWORK as DEFORMUX
 from nnunet_deform.plans.lightmedseg import NETWORK as LIGHTMEDSEG
 from nnunet_deform.plans.magic import NETWORKS as MAGIC
+
+_T = TypeVar("_T")
 
 
 class BytesPerElement(NamedTuple):
@@ -136,18 +139,12 @@ def kept_bytes(
 ) -> int:
     """Bytes that autograd keeps of one sample on a CUDA device, measured as by :func:`bytes_kept_on_cuda`.
 
-    Of the plain form, which compilers get and which the estimates are for, or of an ``eager`` training step. What does
-    not grow with the batch, such as half-precision copies of the weights, is left out.
+    Of the plain form, which the estimates are for, or of an ``eager`` training step. What does not grow with the batch,
+    such as half-precision copies of the weights, is left out.
     """
+    measure = partial(bytes_kept_on_cuda, mixed_precision=mixed_precision)
     with nullcontext() if eager else plain_forms():
-        one, two = (
-            bytes_kept_on_cuda(
-                lambda: _build(architecture, input_channels, num_classes),
-                (batch, input_channels, *patch_size),
-                mixed_precision=mixed_precision,
-            )
-            for batch in (1, 2)
-        )
+        one, two = _of_two_batches(measure, architecture, patch_size, input_channels, num_classes)
     return two - one
 
 
@@ -156,12 +153,7 @@ def step_bytes(
 ) -> StepBytes:
     """What an eager training step under float16 autocast holds of one sample on a CUDA device, measured as by
     :func:`bytes_of_step_on_cuda`, without what does not grow with the batch."""
-    one, two = (
-        bytes_of_step_on_cuda(
-            lambda: _build(architecture, input_channels, num_classes), (batch, input_channels, *patch_size)
-        )
-        for batch in (1, 2)
-    )
+    one, two = _of_two_batches(bytes_of_step_on_cuda, architecture, patch_size, input_channels, num_classes)
     return StepBytes(*(b - a for a, b in zip(one, two, strict=True)))
 
 
@@ -174,13 +166,20 @@ def compiled_kept_bytes(
     # Importing the compiler takes seconds, and few ask.
     from nnunet_deform.networks.compiled_memory import bytes_kept_by_compiled_step
 
-    one, two = (
-        bytes_kept_by_compiled_step(
-            lambda: _build(architecture, input_channels, num_classes), (batch, input_channels, *patch_size)
-        )
-        for batch in (1, 2)
-    )
+    one, two = _of_two_batches(bytes_kept_by_compiled_step, architecture, patch_size, input_channels, num_classes)
     return two - one
+
+
+def _of_two_batches(
+    measure: Callable[[Callable[[], nn.Module], Sequence[int]], _T],
+    architecture: Mapping[str, Any],
+    patch_size: Sequence[int],
+    input_channels: int,
+    num_classes: int,
+) -> tuple[_T, _T]:
+    """What is measured with one sample and with two: their difference leaves out what does not grow with the batch."""
+    build = partial(_build, architecture, input_channels, num_classes)
+    return measure(build, (1, input_channels, *patch_size)), measure(build, (2, input_channels, *patch_size))
 
 
 def _build(architecture: Mapping[str, Any], input_channels: int, num_classes: int) -> nn.Module:

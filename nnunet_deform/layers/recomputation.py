@@ -30,7 +30,7 @@ _plain: ContextVar[bool] = ContextVar("_plain", default=False)
 
 @contextmanager
 def plain_forms() -> Iterator[None]:
-    """Within, networks are in the form that compilers get: nothing is computed again."""
+    """Within, networks are in the form that planning estimates: nothing is computed again."""
     token = _plain.set(True)
     try:
         yield
@@ -71,7 +71,7 @@ def may_recompute(*blocks: nn.Module) -> bool:
     """
     if not torch.is_grad_enabled() or any(map(_changes_when_called, blocks)):
         return False
-    # Not asked for the form that compilers get while compiling: torch 2.6 cannot follow the question.
+    # Before plain_forms is looked at: torch 2.6 cannot compile that.
     if torch.compiler.is_compiling():
         return True
     return not _plain.get() and not any(_hooks_of(block) or _parts_have_hooks(block) for block in blocks)

@@ -231,12 +231,10 @@ class DeformUXDecoder(nn.Module):
         logits = []
         for index, (up, head) in enumerate(zip(self.ups, self.seg_layers, strict=True)):
             finest = index == len(self.ups) - 1
-            if finest and self.recompute == "blocks":
-                z = recomputed_block(self.last, recomputed_block(up, z, finer[-1 - index]))
-            elif finest:
-                z = self.last(up(z, finer[-1 - index]))
-            else:
-                z = up(z, finer[-1 - index])
+            again = finest and self.recompute == "blocks"
+            z = recomputed_block(up, z, finer[-1 - index]) if again else up(z, finer[-1 - index])
+            if finest:
+                z = recomputed_block(self.last, z) if again else self.last(z)
             if finest or self.deep_supervision:
                 logits.append(head(z))
         return logits[::-1] if self.deep_supervision else logits[0]
