@@ -39,15 +39,11 @@ class Drawing:
                 f"{escape(line)}</text>"
             )
 
-    def arrow(self, *points: tuple[float, float], label: str = "", dashed: bool = False) -> None:
+    def arrow(self, *points: tuple[float, float]) -> None:
         path = " ".join(f"{x},{y}" for x, y in points)
-        dash = " stroke-dasharray='5 4'" if dashed else ""
         self.parts.append(
-            f"<polyline points='{path}' fill='none' stroke='{LINE}' stroke-width='1.8' marker-end='url(#head)'{dash}/>"
+            f"<polyline points='{path}' fill='none' stroke='{LINE}' stroke-width='1.8' marker-end='url(#head)'/>"
         )
-        if label:
-            (x0, y0), (x1, y1) = points[:2]
-            self.note((x0 + x1) / 2, (y0 + y1) / 2 - 6, label)
 
     def note(self, x: float, y: float, text: str, anchor: str = "middle", size: int = 12) -> None:
         self.parts.append(

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +9,8 @@ import typer
 from rich.console import Console
 
 from nnunet_deform import activation
+from nnunet_deform.cli.devices import DeviceOption, device_or_fail
 from nnunet_deform.cli.messages import fail
-
-
-class Device(str, Enum):
-    """What torch computes on."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-    MPS = "mps"
 
 
 def inspect(
@@ -50,9 +42,7 @@ def inspect(
     mirroring: Annotated[
         bool, typer.Option("--mirroring/--no-mirroring", help="Predict with mirrored images as well, as nnU-Net does.")
     ] = True,
-    device: Annotated[
-        Device | None, typer.Option("--device", help="Default: the GPU if there is one.", show_default=False)
-    ] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Show what a trained network sees: activation maps, receptive field, and what its operators do.
 
@@ -60,16 +50,16 @@ def inspect(
 
     Example: nnunet-deform inspect -m nnUNetTrainerDeformUX__nnUNetPlans__3d_fullres -i imagesTs -o looked_at
     """
+    try:
+        activation.check_nnunetv2()
+    except activation.ActivationError as error:
+        raise fail(str(error)) from None
     from nnunet_deform.inspection.command import inspect_cases
     from nnunet_deform.inspection.model import InspectionError, load_model
     from nnunet_deform.processes.commands import Interrupts
-    from nnunet_deform.selftest import best_device, unavailable
 
-    chosen = best_device() if device is None else device.value
-    if (reason := unavailable(chosen)) is not None:
-        raise fail(f"--device {chosen}: {reason}")
+    chosen = device_or_fail(device)
     try:
-        activation.check_nnunetv2()
         with Interrupts():
             models = [
                 load_model(folder, fold=fold, checkpoint=checkpoint, device=chosen, mirroring=mirroring)
@@ -86,7 +76,7 @@ def inspect(
                     previous=previous,
                     on_progress=show,
                 )
-    except (activation.ActivationError, InspectionError) as error:
+    except InspectionError as error:
         raise fail(str(error)) from None
     except KeyboardInterrupt:
         raise fail("interrupted; cases that were finished are kept, and nothing of the others.") from None

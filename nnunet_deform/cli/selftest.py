@@ -3,7 +3,6 @@
 import contextlib
 import io
 import time
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,24 +12,15 @@ from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Column, Table
 
+from nnunet_deform.cli.devices import DeviceOption, device_or_fail
 from nnunet_deform.cli.messages import fail
 
 if TYPE_CHECKING:
     from nnunet_deform.selftest import Finding
 
 
-class Device(str, Enum):
-    """What torch computes on."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
-    MPS = "mps"
-
-
 def selftest(
-    device: Annotated[
-        Device | None, typer.Option("--device", help="Default: the GPU if there is one.", show_default=False)
-    ] = None,
+    device: DeviceOption = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Write the report here, to attach to an issue.", dir_okay=False),
@@ -45,9 +35,7 @@ def selftest(
     # nnU-Net prints where its folders are.
     with contextlib.redirect_stdout(io.StringIO()):
         from nnunet_deform import selftest as tests
-    chosen = tests.best_device() if device is None else device.value
-    if (reason := tests.unavailable(chosen)) is not None:
-        raise fail(f"--device {chosen}: {reason}")
+    chosen = device_or_fail(device)
 
     started = time.monotonic()
     checks = tests.checks_for(chosen)

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from nnunet_deform import __version__, activation
 from nnunet_deform.cli.messages import fail, print_problems
-from nnunet_deform.diagnosis import installation
 
 
 def status(
@@ -28,6 +27,8 @@ def status(
 
     Example: nnunet-deform status nnUNetTrainerMAGIC_AdamW
     """
+    from nnunet_deform.diagnosis import installation
+
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"nnunet-deform {__version__}, Python {platform.python_version()}")
     for package in ("nnunetv2", "torch", "dynamic-network-architectures"):

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from nnunet_deform.comparison.analysis import analyse
+from nnunet_deform.comparison.collect import collect
 from nnunet_deform.comparison.design import design_of
 from nnunet_deform.comparison.experiment_file import find_folders, load_experiment
-from nnunet_deform.comparison.findings import gather
 from nnunet_deform.comparison.report.experiment import volume_readers
 from nnunet_deform.comparison.report.pictures import worst_case
 
@@ -27,7 +27,7 @@ def inspect_worst_cases(file: Path) -> list[str]:
 
     source_file = load_experiment(file)
     experiment, folders = source_file.experiment, find_folders(source_file)
-    collected = gather(source_file, folders).collected
+    collected = collect(experiment, folders, source_file.path)
     design = design_of(experiment)
     sources = volume_readers(experiment, folders)
     failures = []
@@ -38,7 +38,7 @@ def inspect_worst_cases(file: Path) -> list[str]:
             training = source.training(arm, case)
             output = folders.output / "report" / source.inspected(arm)
             checkpoint = training.folder(folders.results) / "checkpoint_final.pth"
-            if _is_newer(output / case / "inspect.html", checkpoint):
+            if _is_current(output / case / "inspect.html", checkpoint):
                 continue
             shutil.rmtree(output / case, ignore_errors=True)
             try:
@@ -54,5 +54,6 @@ def inspect_worst_cases(file: Path) -> list[str]:
     return failures
 
 
-def _is_newer(page: Path, checkpoint: Path) -> bool:
-    return page.exists() and checkpoint.exists() and page.stat().st_mtime >= checkpoint.stat().st_mtime
+def _is_current(page: Path, checkpoint: Path) -> bool:
+    """Also of a model that is gone, of which no other page could be made."""
+    return page.exists() and not (checkpoint.exists() and page.stat().st_mtime < checkpoint.stat().st_mtime)

@@ -129,7 +129,7 @@ def _metadata(predictor: Any, fold: str, configuration_name: str) -> dict[str, s
         "dataset": plans.dataset_name,
         "plans": plans.plans_name,
         "fold": fold,
-        "channel_names": dataset["channel_names"],
+        "channel_names": dataset.get("channel_names", dataset.get("modality")),
         "patch_size": configuration.patch_size,
         "spacing": configuration.spacing,
         "transpose_forward": plans.transpose_forward,

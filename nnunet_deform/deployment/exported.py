@@ -81,17 +81,19 @@ def read_exported(path: Path, *, threads: int) -> ExportedModel:
     )
 
 
+_NEEDED = ("trainer", "configuration", "fold", "mirror_axes", PLANS, DATASET_JSON)
+
+
 def _metadata(session: Any, path: Path) -> dict[str, Any]:
     texts = session.get_modelmeta().custom_metadata_map
-    missing = [
-        name for name in ("trainer", "configuration", "fold", "mirror_axes", PLANS, DATASET_JSON) if name not in texts
-    ]
+    missing = [name for name in _NEEDED if name not in texts]
     if missing:
         raise ExportedModelError(
             f"{path} does not hold {', '.join(missing)}: it was not written by nnunet-deform export, or by a version "
-            "before 0.2; export the model with this version."
+            "that left it out; export the model with this version."
         )
     try:
-        return {name: json.loads(text) for name, text in texts.items()}
+        # Other programs add what they like.
+        return {name: json.loads(texts[name]) for name in _NEEDED}
     except json.JSONDecodeError as error:
         raise ExportedModelError(f"the metadata of {path} is damaged ({error}); export the model again.") from error

@@ -7,9 +7,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,9 +86,10 @@ def inspect_cases(
                 else examine(model, case, classes, advance)
             )
         pages.append(_write(output, name, found, paths[0]))
-        looked_at.append(found[0])
+        mixing = {key: layer.shares.mean(0) for key, layer in found[0].mixing.items()}
+        looked_at.append(_Kept(name, read[0].geometry.resampled_spacing, found[0].anchors, mixing))
     if len(cases) > 1:
-        _write_together(output, looked_at)
+        _write_together(output, looked_at, models[0].patch_size)
     return pages
 
 
@@ -111,6 +112,7 @@ def _write(output: Path, name: str, found: Sequence[Findings], file: str) -> Pat
     try:
         (partial / "png").mkdir(parents=True)
         (partial / "maps").mkdir()
+        reference = reference_image(file)
         page = render(found, Album(partial / "png"))
         (partial / "inspect.html").write_text(page, encoding="utf-8")
         (partial / "numbers.json").write_text(json.dumps(numbers(found), indent=2) + "\n", encoding="utf-8")
@@ -120,7 +122,7 @@ def _write(output: Path, name: str, found: Sequence[Findings], file: str) -> Pat
             if findings.errors is not None:
                 maps["errors"] = findings.errors
             for key, values in maps.items():
-                write_map(partial / "maps" / f"{_file_name(prefix + key)}.nii.gz", values, findings, file)
+                write_map(partial / "maps" / f"{_file_name(prefix + key)}.nii.gz", values, findings, reference)
         partial.rename(output / name)
     except OSError as error:
         raise InspectionError(
@@ -137,13 +139,12 @@ def _file_name(key: str) -> str:
     return re.sub(r"[^\w.]+", "_", key)
 
 
-def write_map(path: Path, values: np.ndarray, findings: Findings, file: str) -> None:
-    """As NIfTI in the case's geometry. values: [Z, Y, X]; file: the case's first channel."""
+def write_map(path: Path, values: np.ndarray, findings: Findings, reference: Any) -> None:
+    """As NIfTI in the case's geometry. values: [Z, Y, X]; reference: from :func:`reference_image`."""
     import SimpleITK as sitk
 
     kind = np.float32 if values.dtype.kind == "f" else np.uint16 if values.max(initial=0) > 255 else np.uint8
     image = sitk.GetImageFromArray(values.astype(kind))
-    reference = reference_image(file)
     if reference is not None:
         image.CopyInformation(reference)
     else:
@@ -220,16 +221,24 @@ def _numbers(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _write_together(output: Path, found: Sequence[Findings]) -> None:
+class _Kept(NamedTuple):
+    """Of a case whose maps are written: what cases are compared by."""
+
+    name: str
+    spacing: Sequence[float]
+    anchors: Mapping[str, np.ndarray]
+    mixing: Mapping[str, np.ndarray]
+
+
+def _write_together(output: Path, found: Sequence[_Kept], size: Sequence[int]) -> None:
     """cases.json: how anchors and mixing weights of the first model differ between cases."""
-    size = found[0].model.patch_size
-    spacing = found[0].case.geometry.resampled_spacing[3 - len(size) :]
-    together: dict[str, Any] = {"cases": [findings.case.name for findings in found], "anchors": {}, "mixing": {}}
+    spacing = found[0].spacing[3 - len(size) :]
+    together: dict[str, Any] = {"cases": [case.name for case in found], "anchors": {}, "mixing": {}}
     for key in found[0].anchors:
-        moved = anchors.movement([findings.anchors[key] for findings in found], size, spacing)
+        moved = anchors.movement([case.anchors[key] for case in found], size, spacing)
         together["anchors"][key] = {"within_mm": moved.within, "between_mm": moved.between}
     for key in found[0].mixing:
-        means = np.stack([findings.mixing[key].shares.mean(0) for findings in found])
+        means = np.stack([case.mixing[key] for case in found])
         together["mixing"][key] = {"mean_shares": means, "spread_between_cases": float(means.std(0).mean())}
     partial = output / f".cases.{os.getpid()}.partial"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def find_cases(source: Path, model: Model) -> dict[str, list[str]]:
         raise InspectionError(f"{folder} has no case; the model wants files that end in _0000{ending}.")
     cases = {}
     for name in names:
-        files = sorted(str(f) for f in folder.glob(f"{name}_[0-9][0-9][0-9][0-9]{ending}"))
+        files = sorted(str(f) for f in folder.glob(f"{glob.escape(name)}_[0-9][0-9][0-9][0-9]{ending}"))
         wanted = [str(folder / f"{name}_{number:04d}{ending}") for number in range(len(channels))]
         if files != wanted:
             raise InspectionError(

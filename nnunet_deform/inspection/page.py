@@ -275,10 +275,10 @@ def _mixing(findings: Findings, mark: str, album: Album) -> Section:
     dead = sum(layer.dead for layer in findings.mixing.values())
     total = sum(layer.shares.shape[1] for layer in findings.mixing.values())
     spread = float(np.median([layer.spread for layer in findings.mixing.values()]))
-    section.words.append(
-        f"{dead} of {total} kernels have less than 1 % of their layer's weight; the shares' standard deviation over "
-        f"{patches} patches is {spread:.4f} in the median layer."
-    )
+    words = f"{dead} of {total} kernels have less than 1 % of their layer's weight"
+    if patches > 1:
+        words += f"; the shares' standard deviation over {patches} patches is {spread:.4f} in the median layer"
+    section.words.append(f"{words}.")
     section.pictures.append(
         album.add(
             f"mixing{mark}",

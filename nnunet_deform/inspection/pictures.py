@@ -89,7 +89,7 @@ def _heat(axes: Axes, values: np.ndarray, spacing: Sequence[float], top: float) 
 
 def _classes(axes: Axes, findings: Findings, labels: np.ndarray, place: int) -> None:
     for position, name in enumerate(findings.model.heads):
-        mask = findings.mask(name, labels)[place]
+        mask = findings.mask(name, labels[place])
         if mask.any() and min(mask.shape) > 1:
             axes.contour(mask, levels=[0.5], colors=[colour(position)], linewidths=1.1)
 

@@ -67,20 +67,6 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def unavailable(device: str) -> str | None:
-    """Why torch has no such device here, with what to do; None where it has."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "torch finds no CUDA device here; look at nvidia-smi and at the build of torch, or give --device cpu."
-    if device == "mps" and not torch.backends.mps.is_available():
-        return "torch finds no MPS device here; give --device cpu."
-    return None
-
-
-def best_device() -> str:
-    """cuda, mps or cpu, the first that there is."""
-    return next(device for device in ("cuda", "mps", "cpu") if unavailable(device) is None)
-
-
 def checks_for(device: str) -> list[Check]:
     """All of them, in the order they run in, for "cuda", "mps" or "cpu"."""
     probe = [torch.zeros(shape, device=device) for shape in ((1, 16, 3, 3), (1, 18, 3, 3), (16, 1, 3, 3))]

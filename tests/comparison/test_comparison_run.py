@@ -126,6 +126,12 @@ def test_pages_of_the_worst_cases_are_made_on_request_and_linked(finished, monke
     # What is newer than its model is kept.
     inspect_worst_cases(finished.file)
     assert len(asked) == 4
+    # So is that of a model that is gone.
+    for checkpoint in (finished.output / "nnUNet_results").rglob("checkpoint_final.pth"):
+        checkpoint.unlink()
+    inspect_worst_cases(finished.file)
+    assert len(asked) == 5
+    assert all(page.exists() for page in pages)
 
 
 def test_a_whole_run_then_nothing_is_done_twice(undisturbed, monkeypatch):

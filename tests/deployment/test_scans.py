@@ -19,6 +19,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
 import onnx
 
 from nnunet_deform.deployment.export import export_onnx
+from nnunet_deform.deployment.exported import read_exported
 
 
 def run(*arguments: object):
@@ -154,6 +155,13 @@ def test_a_prediction_goes_on(tmp_path, model, scans):
 )
 def test_a_foreign_model_is_refused(tmp_path, model, scans, metadata, message):
     assert message in refused(tmp_path, "-i", scans, changed(model, tmp_path / "foreign.onnx", **metadata))
+
+
+def test_what_other_programs_added_to_the_file_does_not_matter(tmp_path, model):
+    loaded = onnx.load(model)
+    loaded.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")
+    onnx.save(loaded, tmp_path / "quantized.onnx")
+    assert read_exported(tmp_path / "quantized.onnx", threads=1).plans == read_exported(model, threads=1).plans
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path, scans):

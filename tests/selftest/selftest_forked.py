@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from nnunet_deform import selftest
 from nnunet_deform.cli import app
+from nnunet_deform.cli.devices import best_device
 from nnunet_deform.ops import backends, dynamic_conv
 from nnunet_deform.ops.backends import torch_
 from nnunet_deform.processes import isolation
@@ -141,7 +142,7 @@ def test_a_device_that_is_not_there(monkeypatch):
     result = CliRunner().invoke(app, ["selftest", "--device", "cuda"])
     assert result.exit_code == 1
     assert "--device cuda: torch finds no CUDA device here" in result.output
-    assert selftest.best_device() in ("cpu", "mps")
+    assert best_device() in ("cpu", "mps")
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path):
