@@ -13,16 +13,15 @@ GELU, S here sums the positive part, without which the denominator may vanish.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-_INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
+from nnunet_deform.ops import resample_linear
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def levels(network: nn.Module, x: Tensor) -> list[Layer]:
         if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[0] == x.shape[0]:
             seen.append((module, output))
 
-    with torch.no_grad(), _hooked(list(names), record):
+    with torch.no_grad(), hooked(list(names), record):
         logits = network(x)
     storage = logits.untyped_storage().data_ptr()
     before = [(m, output) for m, output in seen if names[m] and output.untyped_storage().data_ptr() != storage]
@@ -89,7 +88,7 @@ def activation_maps(
 
     maps = torch.zeros(len(scores), len(layers), *x.shape[2:])
     image = x.detach().clone().requires_grad_(True)
-    with torch.enable_grad(), torch.autocast("cuda") if x.is_cuda else nullcontext(), _hooked(list(modules), keep):
+    with torch.enable_grad(), torch.autocast("cuda") if x.is_cuda else nullcontext(), hooked(list(modules), keep):
         logits = network(image)[0]
     activations = [kept[name] for name in layers]
     for number, (head, mask) in enumerate(scores):
@@ -101,13 +100,13 @@ def activation_maps(
             if gradient is None:  # the score does not depend on this layer
                 continue
             small = grad_cam_plus_plus(activation.detach(), gradient)
-            full = F.interpolate(small[None], x.shape[2:], mode=_INTERPOLATION[x.ndim], align_corners=False)
-            maps[number, position] = full[0, 0].cpu()
+            maps[number, position] = resample_linear(small[None], x.shape[2:])[0, 0].cpu()
     return maps
 
 
 @contextmanager
-def _hooked(modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> Any:
+def hooked(modules: Sequence[nn.Module], hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Within, the modules' forward passes call the hook."""
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield

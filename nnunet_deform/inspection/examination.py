@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from torch import Tensor, nn
 
 from nnunet_deform.inspection import anchors, offsets
-from nnunet_deform.inspection.activation_maps import Layer, activation_maps, levels
+from nnunet_deform.inspection.activation_maps import Layer, activation_maps, hooked, levels
 from nnunet_deform.inspection.mixing import Mixing, mixing, most_different
 from nnunet_deform.inspection.model import Case, InspectionError, Model
 from nnunet_deform.inspection.receptive_field import patch_around, radius_of_share, receptive_field
@@ -33,6 +32,7 @@ from nnunet_deform.networks.observation import (
     joined,
     summarise,
 )
+from nnunet_deform.ops import resample_linear
 
 LARGEST = 3  # classes that are looked at if none is named
 RANDOM_VOXELS = 2  # of a structure, beside its innermost voxel and one of its boundary
@@ -163,7 +163,7 @@ def examine(
     """
     chosen_classes(model, classes)
     seconds: dict[str, float] = {}
-    with _counted(model.network, on_pass):
+    with hooked([model.network], lambda *_: on_pass()):
         with _timed(seconds, "prediction"):
             logits = _logits(model, case)
         masks = _masks(model, logits)
@@ -182,7 +182,10 @@ def examine(
         with _timed(seconds, "receptive field"):
             trained, placed = _field(model, model.network, case, voxels, head)
         maps["receptive field"] = placed
-        with _timed(seconds, "receptive field, untrained"), _counted(untrained := model.untrained(), on_pass):
+        with (
+            _timed(seconds, "receptive field, untrained"),
+            hooked([untrained := model.untrained()], lambda *_: on_pass()),
+        ):
             fresh, _ = _field(model, untrained, case, voxels, head)
         with _timed(seconds, "operators"):
             operators = _Operators(model, case, found, voxels)
@@ -213,15 +216,6 @@ def examine(
         observable=observable,
         seconds=seconds,
     )
-
-
-@contextlib.contextmanager
-def _counted(network: nn.Module, on_pass: Callable[[], None]) -> Iterator[None]:
-    handle = network.register_forward_hook(lambda *_: on_pass())
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextlib.contextmanager
@@ -379,8 +373,7 @@ class _Operators:
 
     def _full(self, maps: Tensor) -> Tensor:
         """[1, N, *coarse] -> [N, *patch size]."""
-        mode = "bilinear" if self._found.ndim == 2 else "trilinear"
-        return F.interpolate(maps.float(), self._model.patch_size, mode=mode, align_corners=False)[0].cpu()
+        return resample_linear(maps.float(), self._model.patch_size)[0].cpu()
 
     def _stitch(self, of_patch: Callable[[Tensor, int], dict[str, Tensor]]) -> None:
         """of_patch: from a patch and its number the maps by name, [1, *coarse] each."""
