@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_deform.networks.lightmedseg import check_width
+from nnunet_deform.networks.without_values import without_values
 from nnunet_deform.plans.architecture import Architecture, topology_of
 
 NETWORK = "nnunet_deform.networks.LightMedSeg"
@@ -85,7 +85,7 @@ def _op_off_twin(full: Architecture) -> Architecture:
 
 def _parameters(architecture: Architecture) -> int:
     """Parameters with one input channel and one class, which are the same for a network and its twin."""
-    with torch.device("meta"):
+    with without_values():
         network = get_network_from_plans(
             architecture["network_class_name"],
             architecture["arch_kwargs"],

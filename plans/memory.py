@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunet_deform.layers.recomputation import plain_forms
 from nnunet_deform.networks.memory import StepBytes, bytes_kept_on_cuda, bytes_of_step_on_cuda
+from nnunet_deform.networks.without_values import without_values
 from nnunet_deform.plans.deformux import NETWORK as DEFORMUX
 from nnunet_deform.plans.lightmedseg import NETWORK as LIGHTMEDSEG
 from nnunet_deform.plans.magic import NETWORKS as MAGIC
@@ -117,15 +117,38 @@ def estimated_bytes(
     mixed_precision: bool,
 ) -> float | None:
     """Bytes that autograd keeps of one sample, from the network's own count. None as in :func:`estimated_gigabytes`."""
-    with torch.device("meta"):
-        network = _build(architecture, input_channels, num_classes)
-    if not hasattr(network, "compute_conv_feature_map_size"):
+    count = _count(architecture, patch_size, input_channels, num_classes)
+    if count is None:
         return None
     per_element = _OURS.get(architecture["network_class_name"], _NNUNETS_OWN).of(len(patch_size), mixed_precision)
-    total = float(network.compute_conv_feature_map_size(patch_size)) * per_element
-    if mixed_precision and hasattr(network, "autocast_surplus"):
-        total += 2 * network.autocast_surplus(patch_size)
-    return total
+    return count.elements * per_element + (2 * count.autocast_surplus if mixed_precision else 0)
+
+
+class _Count(NamedTuple):
+    """What a network counts of one sample."""
+
+    elements: float
+    # Numbers of half precision that autocast keeps beyond as many.
+    autocast_surplus: float
+
+
+_counts: dict[tuple[str, tuple[int, ...], int, int], _Count | None] = {}
+
+
+def _count(
+    architecture: Mapping[str, Any], patch_size: Sequence[int], input_channels: int, num_classes: int
+) -> _Count | None:
+    """None if the network does not count. Kept, because a search for the largest patch asks for each several times."""
+    key = repr(architecture), tuple(patch_size), input_channels, num_classes
+    if key not in _counts:
+        with without_values():
+            network = _build(architecture, input_channels, num_classes)
+        if hasattr(network, "compute_conv_feature_map_size"):
+            surplus = network.autocast_surplus(patch_size) if hasattr(network, "autocast_surplus") else 0
+            _counts[key] = _Count(float(network.compute_conv_feature_map_size(patch_size)), surplus)
+        else:
+            _counts[key] = None
+    return _counts[key]
 
 
 def kept_bytes(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from nnunet_deform.layers.recomputation import plain_forms
 from nnunet_deform.networks.fake_backward import without_engine
+from nnunet_deform.networks.without_values import without_values
 
 # What autograd keeps of nnU-Net's PlainConvUNet, in elements, for each element that nnU-Net's memory estimate counts.
 STORED_PER_COUNTED = 1.85
@@ -45,7 +46,7 @@ def bytes_kept_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int
         RuntimeError: mixed precision, which this torch cannot follow without a CUDA device.
     """
     if not mixed_precision:
-        with torch.device("meta"):
+        with without_values():
             network, image = build(), torch.empty(tuple(input_shape))
         return sum(tensor.untyped_storage().nbytes() for tensor in _kept(network, image))
     with on_fake_cuda(build, input_shape) as (network, image), float16_autocast():
@@ -113,7 +114,7 @@ def on_fake_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> 
     unable = unable_to_follow_autocast()
     if unable is not None:
         raise RuntimeError(unable)
-    with torch.device("meta"):
+    with without_values():
         network = build()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _move_to_cuda(network)

@@ -57,7 +57,7 @@ def drawn_by_name(network: nn.Module) -> Iterator[None]:
         yield
 
 
-class _InPlaceChanges(TorchFunctionMode):
+class InPlaceChanges(TorchFunctionMode):
     """Passes on what changes a parameter in place, which are methods and functions of ``torch.nn.init``."""
 
     def __torch_function__(
@@ -70,23 +70,23 @@ class _InPlaceChanges(TorchFunctionMode):
             return self.changes_parameter(target, functools.partial(function, *args, **kwargs))
         return function(*args, **kwargs)
 
-    def changes_parameter(self, parameter: nn.Parameter, change: Callable[[], Tensor]) -> Tensor:
+    def changes_parameter(self, parameter: nn.Parameter, change: functools.partial[Tensor]) -> Tensor:
         raise NotImplementedError
 
 
-class _Postponed(_InPlaceChanges):
+class _Postponed(InPlaceChanges):
     """Collects the changes in their order instead of making them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.changes: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
 
-    def changes_parameter(self, parameter: nn.Parameter, change: Callable[[], Tensor]) -> Tensor:
+    def changes_parameter(self, parameter: nn.Parameter, change: functools.partial[Tensor]) -> Tensor:
         self.changes.append((parameter, change))
         return parameter
 
 
-class _Named(_InPlaceChanges):
+class _Named(InPlaceChanges):
     """Makes each change with the generator at the start of the parameter's stream."""
 
     def __init__(self, network: nn.Module, draw: int) -> None:
@@ -96,7 +96,7 @@ class _Named(_InPlaceChanges):
             digest = hashlib.sha256(f"{draw} {name}".encode()).digest()
             self.seeds[id(parameter)] = int.from_bytes(digest[:8], "little")
 
-    def changes_parameter(self, parameter: nn.Parameter, change: Callable[[], Tensor]) -> Tensor:
+    def changes_parameter(self, parameter: nn.Parameter, change: functools.partial[Tensor]) -> Tensor:
         if id(parameter) in self.seeds:
             # Not torch.manual_seed, which reaches the generators of all devices.
             torch.default_generator.manual_seed(self.seeds[id(parameter)])

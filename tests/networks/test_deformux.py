@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunet_deform.layers import ChannelLayerNorm, DeformConv
 from nnunet_deform.networks import DeformUXNet
 from nnunet_deform.networks.deformux import UX_NET_OPTIONS, DeformUXBlock, DepthwiseScaling, LayerScale, Mlp
+from nnunet_deform.networks.without_values import without_values
 from nnunet_deform.ops import deform_conv2d, deform_conv3d
 
 # The paper's network apart from its blocks, with one input channel and 16 classes at full resolution.
@@ -39,7 +40,7 @@ small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
 
 
 def paper_network(**options: Any) -> DeformUXNet:
-    with torch.device("meta"):
+    with without_values():
         return PAPER.network(num_classes=16, **{"n_blocks_per_stage": 2, **options})
 
 
@@ -492,7 +493,7 @@ def test_nonlin_without_arguments(nonlin_kwargs: dict[str, Any] | None):
     ids=str,
 )
 def test_memory_estimate_of_the_papers_widths(plan: Plan, num_classes: int, expected: int):
-    with torch.device("meta"):
+    with without_values():
         network = plan.network(num_classes=num_classes, n_blocks_per_stage=2)
     assert network.compute_conv_feature_map_size(plan.patch) == expected
     # nnU-Net's planner hands over an array, the trainer a list.

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunet_deform.layers import AnchorDetector, ChannelAffine, FiLM, LocalStructuralPrior, PositionBias
 from nnunet_deform.layers.few_channels import FewChannelConv2d, FewChannelConv3d
 from nnunet_deform.networks import LightMedSeg
+from nnunet_deform.networks.without_values import without_values
 
 # Five levels: two decoder stages are routed, as in the paper.
 FIVE_LEVELS = plan("five-levels", (16, 16, 32), [(2, 2, 2)] * 4, (8, 12, 16, 20, 24))
@@ -35,7 +36,7 @@ def paper_network(levels: int = 5, ndim: int = 3, **options: Any) -> LightMedSeg
     """On the meta device: for counting."""
     features = [min(8 * 2**level, 64) for level in range(levels - 1)]
     like_the_paper = plan("", (8,) * ndim, [(2,) * ndim] * (levels - 1), [*features, features[-1]])
-    with torch.device("meta"):
+    with without_values():
         return like_the_paper.network("LightMedSeg", **{"input_channels": 4, "num_classes": 3, **options})
 
 

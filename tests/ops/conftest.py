@@ -1,3 +1,10 @@
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from deform_conv_cases import BACKENDS
@@ -17,3 +24,25 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Counter[str]:
+    """How many tests of each file pass in Triton's interpreter, all in one process of their own.
+
+    Triton is interpreted only if TRITON_INTERPRET is 1 before it is imported. Of the tests of every backend it is those
+    that the interpreter is quick enough for. It truncates to bfloat16 where a GPU rounds, too coarse for the test of
+    precision on long axes.
+    """
+    files = ("triton_interpreted.py", "test_deform_conv_convention.py", "preflight_interpreted.py")
+    selection = "interpreted or (triton and (borders or right_derivative or wild_half))"
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-k", selection, *files],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=1500,  # for kernels that hang
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return Counter(re.findall(r"^(\S+?\.py)::.* PASSED", ended.stdout, re.M))

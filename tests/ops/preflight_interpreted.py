@@ -1,6 +1,6 @@
 """The preflight with Triton kernels that fail in every way, in Triton's interpreter.
 
-Run by test_preflight.py in a process of its own, because Triton is interpreted only if TRITON_INTERPRET is 1 before it
+Run for test_preflight.py in a process of its own, because Triton is interpreted only if TRITON_INTERPRET is 1 before it
 is imported. The trial's process is forked here instead of started anew, so that it has the broken kernels as well and
 takes no time to import torch; test_isolation.py and ``test_a_process_of_its_own`` start real ones.
 """

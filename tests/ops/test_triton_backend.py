@@ -7,7 +7,6 @@ runs here in a process of its own. On a GPU the tests that are parametrised over
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -51,41 +50,25 @@ def tensors(size, channels=48, dtype=torch.float32, device="meta", batch=2):
     )
 
 
-def run_pytest(*arguments: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        env={**os.environ, **environment},
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+@needs_triton
+@needs_interpreter
+def test_interpreted_kernels_agree_with_the_reference(interpreted):
+    assert interpreted["triton_interpreted.py"] >= 47
 
 
 @needs_triton
 @needs_interpreter
-def test_interpreted_kernels_agree_with_the_reference():
-    output = run_pytest("triton_interpreted.py", TRITON_INTERPRET="1")
-    assert int(re.search(r"(\d+) passed", output)[1]) >= 46, output
-
-
-@needs_triton
-@needs_interpreter
-def test_interpreted_kernels_follow_the_convention():
-    """The tests of every backend, as far as the interpreter is quick enough for them.
-
-    It also truncates to bfloat16 where a GPU rounds, too coarse for the test of precision on long axes.
-    """
-    selection = "triton and (borders or right_derivative or wild_half)"
-    output = run_pytest("test_deform_conv_convention.py", "-k", selection, TRITON_INTERPRET="1")
-    assert int(re.search(r"(\d+) passed", output)[1]) == 7, output
+def test_interpreted_kernels_follow_the_convention(interpreted):
+    """The tests of every backend, as far as the interpreter is quick enough for them."""
+    assert interpreted["test_deform_conv_convention.py"] == 7
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_kernels_agree_with_the_reference_on_a_gpu():
-    run_pytest("triton_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_interpreted.py"]
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture

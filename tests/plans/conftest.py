@@ -12,6 +12,8 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
 )
 
+from nnunet_deform.networks.without_values import without_values
+
 # Median shape and spacing, and the patches that nnU-Net plans for them.
 PHANTOMS = {
     "Dataset501_Prostate": ((20, 320, 320), (3.6, 0.6125, 0.6125)),  # 20 x 320 x 256
@@ -60,7 +62,8 @@ def _planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, type], 
         if (name, planner) not in made:
             root = tmp_path_factory.mktemp("planned")
             write_phantom(root, name, *PHANTOMS[name])
-            with pytest.MonkeyPatch.context() as patch:
+            # The planner builds networks to count their feature maps.
+            with pytest.MonkeyPatch.context() as patch, without_values():
                 _set_paths(patch, root)
                 planner(name).plan_experiment()
             made[name, planner] = root

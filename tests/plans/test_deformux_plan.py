@@ -6,6 +6,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_deform.networks import DeformUXNet
+from nnunet_deform.networks.without_values import without_values
 from nnunet_deform.plans import deformux_architecture
 from nnunet_deform.plans.deformux import NETWORK
 
@@ -43,7 +44,7 @@ def isotropic(levels, ndim=3, **kwargs):
 
 
 def build(architecture, input_channels=1, num_classes=16):
-    with torch.device("meta"):
+    with without_values():
         return get_network_from_plans(
             architecture["network_class_name"],
             architecture["arch_kwargs"],

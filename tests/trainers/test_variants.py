@@ -51,20 +51,25 @@ def test_nnunet_finds_the_same_picklable_class_each_time(name: str) -> None:
     assert pickle.loads(pickle.dumps(found)) is found
 
 
-def unpickled_elsewhere(classes: list[type], attribute: str) -> list[str]:
-    """What a new process finds under an attribute of the classes."""
-    code = f"import pickle\nfor one in pickle.loads({pickle.dumps(classes)!r}): print(one.{attribute})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return result.stdout.splitlines()
+# A process that has imported nnU-Net, and for each line of its input a fork that has imported nothing of ours.
+ELSEWHERE = """
+import os, pickle, sys
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer
+assert not [name for name in sys.modules if name.startswith("nnunet_deform")]
+for line in sys.stdin:
+    folders, pickled, attribute = eval(line)
+    if os.fork() == 0:
+        os.environ["nnUNet_extTrainer"] = folders
+        print([getattr(one, attribute) for one in pickle.loads(pickled)], flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-def test_another_process_unpickles_variants() -> None:
-    names = ["nnUNetTrainerDeformUX_AdamW_2epochs3iters_seed5", "nnUNetTrainerDeformUX_AdamW_lr1.6e-2_2epochs_seed5"]
-    assert unpickled_elsewhere([find_trainer(name) for name in names], "__name__") == names
-
-
-def test_a_trainer_of_the_users_own_folder_has_variants(tmp_path, monkeypatch) -> None:
+def test_another_process_unpickles_variants_also_of_a_trainer_in_the_users_own_folder(tmp_path, monkeypatch) -> None:
     """README's example; without this it could be no arm of a comparison, which appends ``_seed``."""
+    names = ["nnUNetTrainerDeformUX_AdamW_2epochs3iters_seed5", "nnUNetTrainerDeformUX_AdamW_lr1.6e-2_2epochs_seed5"]
+    asked = [(activation.extension_folder(), pickle.dumps([find_trainer(name) for name in names]), "__name__")]
     mine = """
 from nnunet_deform.trainers import nnUNetTrainerDeformUX
 
@@ -85,7 +90,11 @@ class nnUNetTrainerDeformUX_k5(nnUNetTrainerDeformUX):
             assert found.network_options == {"kernel_size": 5}
             assert recursive_find_trainer_class_by_name(name) is found
             classes.append(found)
-        assert unpickled_elsewhere(classes, "network_options") == ["{'kernel_size': 5}"] * 2
+        asked.append((os.environ[activation.VARIABLE], pickle.dumps(classes), "network_options"))
+    lines = "".join(f"{one!r}\n" for one in asked)
+    result = subprocess.run([sys.executable, "-c", ELSEWHERE], input=lines, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [str(names), *[str([{"kernel_size": 5}] * 2)] * 2], result.stderr
 
 
 @pytest.mark.parametrize(

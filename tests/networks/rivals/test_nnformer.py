@@ -9,6 +9,7 @@ from rival_cases import parameters
 from torch import Tensor
 
 from nnunet_deform.networks.rivals.nnformer import NnFormer, WindowAttention, Windows
+from nnunet_deform.networks.without_values import without_values
 
 TWOS = [[2, 2, 2]] * 3
 SYNAPSE = {"embed_strides": [[1, 2, 2], [2, 2, 2]], "down_strides": TWOS, "down_kernels": [[3] * 3] * 3}
@@ -16,7 +17,7 @@ SYNAPSE = {"embed_strides": [[1, 2, 2], [2, 2, 2]], "down_strides": TWOS, "down_
 
 def published(inputs: int, classes: int, patch: list[int], **options) -> NnFormer:
     full = [[1, 1, 1], *options["down_strides"][:2]]
-    with torch.device("meta"):
+    with without_values():
         return NnFormer(inputs, classes, patch_size=patch, output_strides=full, deep_supervision=True, **options)
 
 

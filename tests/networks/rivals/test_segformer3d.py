@@ -7,6 +7,7 @@ import torch
 from rival_cases import NARROW, Plan, parameters
 
 from nnunet_deform.networks.rivals.segformer3d import ReducedAttention, SegFormer3D
+from nnunet_deform.networks.without_values import without_values
 
 ISOTROPIC = {
     "embed_strides": [[2] * 3] * 2,
@@ -17,7 +18,7 @@ ISOTROPIC = {
 
 
 def published(inputs: int, classes: int, **options) -> SegFormer3D:
-    with torch.device("meta"):
+    with without_values():
         return SegFormer3D(inputs, classes, **ISOTROPIC, **options)
 
 

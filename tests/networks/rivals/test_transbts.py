@@ -1,15 +1,15 @@
 """TransBTS: the authors' counts without what never reaches the loss, and the tokens of each plan."""
 
 import pytest
-import torch
 from rival_cases import NARROW, TWOS, Plan, parameters
 
 from nnunet_deform.networks.rivals.transbts import TransBTS
+from nnunet_deform.networks.without_values import without_values
 
 
 def published(inputs: int, size: int) -> TransBTS:
     arguments = Plan(f"{size}", (size,) * 3, (TWOS,) * 4).arguments("TransBTS")
-    with torch.device("meta"):
+    with without_values():
         return TransBTS(inputs, 4, **arguments)
 
 
@@ -37,7 +37,7 @@ def test_parameters() -> None:
     ids=str,
 )
 def test_tokens(plan, tokens) -> None:
-    with torch.device("meta"):
+    with without_values():
         network = TransBTS(1, 2, **plan.arguments("TransBTS", **NARROW["TransBTS"]))
     assert len(network.positions) == tokens
 

@@ -6,6 +6,7 @@ from rival_cases import NARROW, TWOS, Plan, parameters
 
 from nnunet_deform.layers.transformer import from_windows, to_windows
 from nnunet_deform.networks.rivals.unest import NestedLevel, UNesT
+from nnunet_deform.networks.without_values import without_values
 from nnunet_deform.plans.rivals import _OPTIONS
 
 SMALL = {"token_widths": [64, 128, 256], "heads": [2, 4, 8], "depths": [2, 2, 8]}
@@ -13,7 +14,7 @@ SMALL = {"token_widths": [64, 128, 256], "heads": [2, 4, 8], "depths": [2, 2, 8]
 
 def published(classes: int, options: dict) -> UNesT:
     arguments = Plan("96", (96,) * 3, (TWOS,) * 4).arguments("UNesT_B", **options)
-    with torch.device("meta"):
+    with without_values():
         return UNesT(1, classes, **arguments)
 
 

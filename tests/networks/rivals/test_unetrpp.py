@@ -5,13 +5,14 @@ import torch
 from rival_cases import parameters
 
 from nnunet_deform.networks.rivals.unetrpp import EfficientPairedAttention, UNETRPlusPlus
+from nnunet_deform.networks.without_values import without_values
 
 TWOS = [[2, 2, 2]] * 3
 
 
 def published(inputs: int, classes: int, patch: list[int], embed: list[list[int]], block: str) -> UNETRPlusPlus:
     strides = {"embed_strides": embed, "down_strides": TWOS, "output_strides": [[1] * 3] * 3}
-    with torch.device("meta"):
+    with without_values():
         return UNETRPlusPlus(inputs, classes, patch_size=patch, block=block, **strides)
 
 
