@@ -41,7 +41,7 @@ from nnunet_deform.processes.commands import (
 REQUIRED_DICE = 0.6
 
 _NUM_TRAIN, _NUM_TEST = 10, 4
-_EPOCHS, _ITERATIONS = 10, 6
+_EPOCHS, _ITERATIONS = 8, 6
 _TRAINER = f"nnUNetTrainerDeformUX_AdamW_{_EPOCHS}epochs{_ITERATIONS}iters_seed0"
 
 _STEPS = 7

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from nnunet_deform import __version__, activation
+from nnunet_deform import __version__
 from nnunet_deform.deployment.exported import DATASET_JSON, INPUT, OUTPUT, PLANS
+from nnunet_deform.inspection.model import InspectionError, load_model
 from nnunet_deform.ops.deform_conv_onnx import translation_table
 
 OPSET = 20  # the first with GridSample in 3D
@@ -45,15 +46,11 @@ def export_onnx(
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
     _check_packages()
-    weights = model_folder / f"fold_{fold}" / checkpoint
-    for path in (model_folder / "plans.json", model_folder / "dataset.json", weights):
-        if not path.is_file():
-            raise ExportError(
-                f"{path} does not exist; give the folder of a trained model (<trainer>__<plans>__<configuration>), and "
-                "its fold and checkpoint."
-            )
-    predictor = _loaded(model_folder, fold, checkpoint)
-    network = predictor.network
+    try:
+        model = load_model(model_folder, fold=fold, checkpoint=checkpoint)
+    except InspectionError as error:
+        raise ExportError(str(error)) from error
+    predictor, network = model.predictor, model.network
     configuration = predictor.configuration_manager
     channels = determine_num_input_channels(predictor.plans_manager, configuration, predictor.dataset_json)
     image = torch.randn(1, channels, *configuration.patch_size, generator=torch.Generator().manual_seed(0))
@@ -72,7 +69,7 @@ def export_onnx(
     from nnunet_deform.deployment.convolutions import use_2d_convolutions
 
     use_2d_convolutions(program.model)
-    metadata = _metadata(predictor, fold, _configuration(weights))
+    metadata = _metadata(predictor, fold, _configuration(model_folder / f"fold_{fold}" / checkpoint))
     program.model.metadata_props.update(metadata)
 
     partial = output.with_name(f"{output.name}.partial")
@@ -96,20 +93,6 @@ def _check_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f"{error.name} is not installed; run: pip install 'nnunet-deform[export]'") from error
-
-
-def _loaded(model_folder: Path, fold: str, checkpoint: str) -> Any:
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    # The checkpoint names its trainer, which may be one of ours.
-    activation.apply()
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(
-        str(model_folder), ("all" if fold == "all" else int(fold),), checkpoint
-    )
-    predictor.network.load_state_dict(predictor.list_of_parameters[0])
-    predictor.network.eval()
-    return predictor
 
 
 def _configuration(weights: Path) -> str:

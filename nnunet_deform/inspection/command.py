@@ -239,7 +239,7 @@ def _write_together(output: Path, found: Sequence[_Kept], size: Sequence[int]) -
         together["anchors"][key] = {"within_mm": moved.within, "between_mm": moved.between}
     for key in found[0].mixing:
         means = np.stack([case.mixing[key] for case in found])
-        together["mixing"][key] = {"mean_shares": means, "spread_between_cases": float(means.std(0).mean())}
+        together["mixing"][key] = {"mean_shares": means, "spread_between_cases": float(means.std(0, ddof=1).mean())}
     partial = output / f".cases.{os.getpid()}.partial"
     try:
         partial.write_text(json.dumps(_finite(together), indent=2) + "\n", encoding="utf-8")

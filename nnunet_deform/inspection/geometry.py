@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +49,3 @@ class Geometry:
         """Voxels of the case's array, [..., 3] -> mm in the world's x, y, z."""
         xyz = np.asarray(voxels, float)[..., ::-1] * np.array(self.spacing[::-1])
         return xyz @ np.array(self.direction).reshape(3, 3).T + np.array(self.origin)
-
-    def axes_to_case(self, values: Sequence[float]) -> tuple[float, ...]:
-        """One value for each axis of the preprocessed image, in the order of the case's array axes."""
-        return tuple(np.asarray(values)[np.argsort(self.transpose)].tolist())

@@ -32,7 +32,7 @@ def mixing(observation: MixingWeights) -> Mixing:
     return Mixing(
         shares=shares.numpy(),
         entropy=float(normalised_entropy(shares).mean()),
-        spread=float(shares.std(0, correction=0).mean()),
+        spread=float(shares.std(0).mean()) if len(shares) > 1 else 0.0,
         dead=int((shares.mean(0) < DEAD_SHARE).sum()),
     )
 

@@ -195,7 +195,7 @@ def _operators(findings: Findings, mark: str, place: int, album: Album) -> list[
         sections.append(_mixing(findings, mark, album))
     if findings.operators:
         section = Section(f"What the operators do {mark}".strip())
-        section.words.append("The numbers of the training log, over all patches of this case.")
+        section.words.append("Over all patches of this case, counted as in the training log.")
         section.tables.append(Table(["number", "value"], [[k, number(v, 4)] for k, v in findings.operators.items()]))
         sections.append(section)
     if findings.observable and not sections:

@@ -15,7 +15,8 @@ def test_uniform_one_kernel_and_dead_ones() -> None:
     assert (one.entropy, one.spread, one.dead) == (pytest.approx(0), 0, 3)
     two = mixing(MixingWeights(torch.tensor([[1.0, 0], [0.5, 0.5]])))
     assert two.entropy == pytest.approx(0.5)
-    assert two.spread == pytest.approx(0.25)
+    # As in the training log: the sample's standard deviation.
+    assert two.spread == pytest.approx(0.125**0.5)
     np.testing.assert_allclose(two.shares, [[1, 0], [0.5, 0.5]])
 
 

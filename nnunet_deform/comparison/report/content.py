@@ -18,18 +18,19 @@ from nnunet_deform.comparison.operators import Diagnostics
 
 @dataclass(frozen=True)
 class Volumes:
-    """One case and one arm's prediction of it. image, truth, prediction: [Z, Y, X]; spacing: mm, (z, y, x); page: of
-    ``nnunet-deform inspect``, relative to the report, None where there is none."""
+    """One case and one arm's prediction of it. image, truth, prediction: [Z, Y, X]; spacing: mm, (z, y, x)."""
 
     image: np.ndarray
     truth: np.ndarray
     prediction: np.ndarray
     spacing: tuple[float, float, float]
-    page: str | None = None
 
 
 ReadVolumes = Callable[[str, str], Volumes | None]
 """Of an arm's out-of-fold prediction (the first argument) of a case (the second); None where a file is gone."""
+
+FindPage = Callable[[str, str], str | None]
+"""Of an arm (the first argument) and a case the page of ``nnunet-deform inspect``, relative to the report, or None."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class DatasetContent:
 
     labels: value of each class, or values of each region, by name; ignore_label: the value that does not count;
     tolerances: of NSD in mm, by class; patients_mapped: whether cases were told which patient they are of;
-    volumes: None without images; costs, curves: by arm; operators: what they did;
+    volumes: None without images; page: None where none can be; costs, curves: by arm; operators: what they did;
     cautions: what a reader must know, one sentence each.
     """
 
@@ -47,6 +48,7 @@ class DatasetContent:
     tolerances: Mapping[str, float] = field(default_factory=dict)
     patients_mapped: bool = False
     volumes: ReadVolumes | None = None
+    page: FindPage | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
     operators: Diagnostics | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -18,7 +17,7 @@ from nnunet_deform.comparison.experiment import Experiment, Folders
 from nnunet_deform.comparison.files import read_json
 from nnunet_deform.comparison.findings import Findings
 from nnunet_deform.comparison.prepare import DatasetFolders, find_dataset
-from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReadVolumes, ReportContent, Volumes
+from nnunet_deform.comparison.report.content import DatasetContent, Provenance, ReportContent, Volumes
 from nnunet_deform.comparison.report.pictures import read_volumes
 from nnunet_deform.comparison.trainings import Record, Training, list_trainings
 
@@ -26,12 +25,12 @@ _NNUNETS_EPOCHS, _NNUNETS_ITERATIONS = 1000, 250
 
 
 def experiment_content(
-    findings: Findings, command: str, volumes: Mapping[tuple[str, str], ReadVolumes] | None = None
+    findings: Findings, command: str, sources: Mapping[tuple[str, str], OutOfFold] | None = None
 ) -> ReportContent:
     """What the experiment has so far.
 
     Args:
-        command: the one that makes all this; volumes: by dataset and configuration, see :func:`volume_readers`.
+        command: the one that makes all this; sources: by dataset and configuration, see :func:`volume_readers`.
     """
     experiment, collected, records = findings.experiment, findings.collected, findings.records
     design = design_of(experiment)
@@ -47,7 +46,7 @@ def experiment_content(
         test=collected.test,
         datasets={
             (dataset.dataset, dataset.configuration): _dataset_content(
-                findings, dataset, (volumes or {}).get((dataset.dataset, dataset.configuration))
+                findings, dataset, (sources or {}).get((dataset.dataset, dataset.configuration))
             )
             for dataset in analysis.datasets
         },
@@ -101,7 +100,7 @@ def _cautions(findings: Findings) -> list[str]:
     return found
 
 
-def _dataset_content(findings: Findings, dataset: DatasetAnalysis, volumes: ReadVolumes | None) -> DatasetContent:
+def _dataset_content(findings: Findings, dataset: DatasetAnalysis, source: OutOfFold | None) -> DatasetContent:
     experiment = findings.experiment
     mine = findings.of(dataset.dataset, dataset.configuration)
     arms = [arm.name for arm in experiment.arms]
@@ -112,7 +111,8 @@ def _dataset_content(findings: Findings, dataset: DatasetAnalysis, volumes: Read
         ignore_label=None if facts is None else facts.ignore_label,
         tolerances={} if facts is None else facts.tolerances,
         patients_mapped=experiment.dataset(dataset.dataset, dataset.configuration).patients is not None,
-        volumes=volumes,
+        volumes=source,
+        page=None if source is None else source.page,
         costs=costs,
         curves={arm: [findings.curves[t] for t in mine if t.arm == arm and t in findings.curves] for arm in arms},
         operators=operators.diagnose(
@@ -193,15 +193,18 @@ class OutOfFold:
         training = next(t for (name, _), t in self._by_arm_and_fold.items() if name == arm)
         return Path("inspect", training.arm_key)
 
+    def page(self, arm: str, case: str) -> str | None:
+        """A ``FindPage``."""
+        page = self.inspected(arm) / case / "inspect.html"
+        return page.as_posix() if (self._folders.output / "report" / page).exists() else None
+
     def __call__(self, arm: str, case: str) -> Volumes | None:
         training, ending = self.training(arm, case), self._found.file_ending
         prediction = training.folder(self._folders.results) / "validation" / f"{case}{ending}"
         if not prediction.exists():
             return None
         reader = PlansManager(str(self._found.plans_file(training.plans))).image_reader_writer_class()
-        volumes = read_volumes(self.image(case), self.labels / f"{case}{ending}", prediction, reader)
-        page = self.inspected(arm) / case / "inspect.html"
-        return replace(volumes, page=page.as_posix()) if (self._folders.output / "report" / page).exists() else volumes
+        return read_volumes(self.image(case), self.labels / f"{case}{ending}", prediction, reader)
 
 
 def _provenance(records: Mapping[Training, Record]) -> list[Provenance]:

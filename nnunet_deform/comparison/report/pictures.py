@@ -33,7 +33,7 @@ def read_volumes(image: Path, truth: Path, prediction: Path, reader: BaseReaderW
 @dataclass(frozen=True)
 class Picture:
     """score: in words; url: of the PNG, None where the prediction was deleted, to save space perhaps; page: see
-    :class:`nnunet_deform.comparison.report.content.Volumes`."""
+    :data:`nnunet_deform.comparison.report.content.FindPage`."""
 
     arm: str
     case: str
@@ -124,7 +124,7 @@ def _pictures(
             )
         where = "" if place is None else f", slice {place + 1}"
         alt = f"{case}{where}: truth filled and {arm}'s prediction outlined, {primary.metric.name} {score}"
-        yield Picture(arm, case, score, url, alt, None if volumes is None else volumes.page)
+        yield Picture(arm, case, score, url, alt, None if content.page is None else content.page(arm, case))
 
 
 def _slice(volumes: Volumes, ignore_label: int | None, in_truth: bool) -> int:
