@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nnunet_deform import activation
-from nnunet_deform.cli.messages import fail
+from nnunet_deform.cli.messages import fail, require_nnunetv2
 
 
 def demo(
@@ -24,10 +23,10 @@ def demo(
     """
     from nnunet_deform.demo import DemoError, run_demo
 
+    require_nnunetv2()
     try:
-        activation.check_nnunetv2()
         run_demo(folder=folder, console=Console())
-    except (activation.ActivationError, DemoError) as error:
+    except DemoError as error:
         raise fail(str(error)) from None
     except KeyboardInterrupt:
         raise fail("interrupted; nothing was kept.") from None

@@ -7,19 +7,15 @@ from typing import Annotated
 
 import typer
 
-from nnunet_deform import activation
-from nnunet_deform.cli.messages import fail
+from nnunet_deform.cli.messages import fail, require_nnunetv2
+from nnunet_deform.cli.models import CheckpointOption, FoldOption, ModelOption
 
 
 def export(
-    model: Annotated[
-        Path, typer.Option("-m", "--model", help="nnU-Net's model folder, <trainer>__<plans>__<configuration>.")
-    ],
+    model: ModelOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="The ONNX file to write.")],
-    fold: Annotated[str, typer.Option("-f", "--fold", help='A number or "all".')] = "0",
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Its name in the fold's folder.")] = (
-        "checkpoint_final.pth"
-    ),
+    fold: FoldOption = "0",
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
 ) -> None:
     """Write a trained network as an ONNX file for predict-onnx, checked with ONNX Runtime. Needs the extra export.
 
@@ -27,11 +23,11 @@ def export(
     """
     from nnunet_deform.deployment.export import OPSET, ExportError, export_onnx
 
+    require_nnunetv2()
     try:
-        activation.check_nnunetv2()
         # nnU-Net and the exporter print what they do.
         with contextlib.redirect_stdout(io.StringIO()):
             metadata = export_onnx(model, output, fold=fold, checkpoint=checkpoint)
-    except (activation.ActivationError, ExportError) as error:
+    except ExportError as error:
         raise fail(str(error)) from None
     print(f"Wrote {output}: patch {metadata['patch_size']}, spacing {metadata['spacing']}, opset {OPSET}.")

@@ -8,21 +8,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nnunet_deform import activation
 from nnunet_deform.cli.devices import DeviceOption, device_or_fail
-from nnunet_deform.cli.messages import fail
+from nnunet_deform.cli.messages import fail, require_nnunetv2
+from nnunet_deform.cli.models import CheckpointOption, FoldOption, ModelOption
 
 
 def inspect(
-    model: Annotated[
-        Path, typer.Option("-m", "--model", help="nnU-Net's model folder, <trainer>__<plans>__<configuration>.")
-    ],
+    model: ModelOption,
     source: Annotated[
         Path,
         typer.Option("-i", "--input", help="A case's file of the first channel (_0000), or a folder of cases."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder that gets a folder for each case.")],
-    fold: Annotated[str, typer.Option("-f", "--fold", help='A number or "all".')] = "0",
+    fold: FoldOption = "0",
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", help="A class or region, once for each. Default: the three largest of the prediction."),
@@ -36,9 +34,7 @@ def inspect(
     previous: Annotated[
         Path | None, typer.Option("--previous", help="A cascade's predictions of its first stage, for its second one.")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Its name in the fold's folder.")] = (
-        "checkpoint_final.pth"
-    ),
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
     mirroring: Annotated[
         bool, typer.Option("--mirroring/--no-mirroring", help="Predict with mirrored images as well, as nnU-Net does.")
     ] = True,
@@ -50,10 +46,7 @@ def inspect(
 
     Example: nnunet-deform inspect -m nnUNetTrainerDeformUX__nnUNetPlans__3d_fullres -i imagesTs -o looked_at
     """
-    try:
-        activation.check_nnunetv2()
-    except activation.ActivationError as error:
-        raise fail(str(error)) from None
+    require_nnunetv2()
     from nnunet_deform.inspection.command import inspect_cases
     from nnunet_deform.inspection.model import InspectionError, load_model
     from nnunet_deform.processes.commands import Interrupts

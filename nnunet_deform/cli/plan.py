@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from nnunet_deform import activation
-from nnunet_deform.cli.messages import fail
+from nnunet_deform.cli.messages import fail, require_nnunetv2
 
 if TYPE_CHECKING:
     from nnunet_deform.plans.planners import Choice, NetworkPlanner
@@ -52,10 +51,7 @@ def plan(
     """
     if preset is not None and vram is not None:
         raise fail(f"--preset {preset.value} and --vram {vram:g} are two memory targets; give one.")
-    try:
-        activation.check_nnunetv2()
-    except activation.ActivationError as error:
-        raise fail(str(error)) from None
+    require_nnunetv2()
     # nnU-Net prints where its folders are.
     with contextlib.redirect_stdout(io.StringIO()):
         from nnunet_deform.plans.planners import PLANNERS, PRESETS, PlanError

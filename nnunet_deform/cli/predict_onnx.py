@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from nnunet_deform import activation
-from nnunet_deform.cli.messages import fail
+from nnunet_deform.cli.messages import fail, print_note, require_nnunetv2
 
 
 # The options that nnU-Net has, too, are spelled as there.
@@ -39,10 +37,7 @@ def predict_onnx(
 
     Example: nnunet-deform predict-onnx -i scans -o segmentations fold_0.onnx fold_1.onnx
     """
-    try:
-        activation.check_nnunetv2()
-    except activation.ActivationError as error:
-        raise fail(str(error)) from None
+    require_nnunetv2()
     # nnU-Net prints where its folders are.
     with contextlib.redirect_stdout(io.StringIO()):
         import torch
@@ -68,7 +63,7 @@ def predict_onnx(
             )
             for case in prediction.run():
                 for note in filter(None, [case.notes.strip()]):
-                    console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
+                    print_note(console, note)
                 print(
                     f"{case.name}: preprocessing {case.preprocessing_s:.1f} s, network {case.network_s:.1f} s, "
                     f"resampling and export {case.export_s:.1f} s"

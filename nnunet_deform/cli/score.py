@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nnunet_deform.cli.compare.opening import comparison_errors
-from nnunet_deform.cli.messages import fail
+from nnunet_deform.cli.messages import fail, print_note
 from nnunet_deform.cli.scoring import DatasetJson, Processes, Tolerance, processes_or_default, scoring_progress
 
 
@@ -57,5 +57,5 @@ def score(
         print(f"{neither} structures are in neither labels nor prediction: empty in the file, perfect in these means.")
     if scored.unpredicted:
         names = some(scored.unpredicted)
-        console.print(f"[bold yellow]Note:[/bold yellow] labels without a prediction, left out: {escape(names)}.")
+        print_note(console, f"labels without a prediction, left out: {names}.")
     print(f"Wrote {output}: {scored.table['case'].nunique()} cases.")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nnunet_deform import __version__, activation
-from nnunet_deform.cli.messages import fail, print_problems
+from nnunet_deform.cli.messages import print_note, print_problems, require_nnunetv2
 
 
 def status(
@@ -34,10 +34,7 @@ def status(
     for package in ("nnunetv2", "torch", "dynamic-network-architectures"):
         with contextlib.suppress(PackageNotFoundError):
             console.print(f"{package} {version(package)}")
-    try:
-        activation.check_nnunetv2()
-    except activation.ActivationError as error:
-        raise fail(str(error)) from None
+    require_nnunetv2()
     enabled = Path(activation.pth_path())
     console.print(f"enabled for this environment: {enabled if enabled.exists() else 'no'}")
 
@@ -51,7 +48,7 @@ def status(
     problems += _print_backends(console)
     problems += [*models.plan_problems(), *models.checkpoint_problems()]
     for note in (*models.checkpoint_notes(), *lookup.command_notes()):
-        console.print(f"[bold yellow]Note:[/bold yellow] {escape(note)}")
+        print_note(console, note)
     # A broken look-up is one problem, whatever was looked for.
     print_problems(console, list(dict.fromkeys(problems)))
     if versions or problems:
@@ -80,7 +77,7 @@ def _print_backends(console: Console) -> list[str]:
         if device.problem is not None:
             table.add_row(device.name, "-", "[red]none[/red]")
         if device.note is not None:
-            console.print(f"[bold yellow]Note:[/bold yellow] {escape(device.note)}")
+            print_note(console, device.note)
         for backend, state in device.states.items():
             table.add_row(device.name, backend, escape(state))
     console.print(table)

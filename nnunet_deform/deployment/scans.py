@@ -159,7 +159,7 @@ def find_cases(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
     """The cases of a folder in nnU-Net's naming, CASE_0000.nii.gz, one file for each channel of the model.
 
     Raises:
-        ScanError: there are none, a channel is missing or too many, or a NIfTI file is damaged.
+        ScanError: there are none, or a channel is missing or too many.
     """
     ending = dataset_json["file_ending"]
     channels = list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
@@ -180,11 +180,13 @@ def find_cases(folder: Path, dataset_json: dict[str, Any]) -> list[Case]:
         if list(files) != list(range(len(channels))):
             has = ", ".join(f"_{number:04d}" for number in files)
             raise ScanError(f"{name} in {folder} has {has}, but the model wants {wanted} of each case.")
-    cases = [Case(name, tuple(files.values())) for name, files in found.items()]
+    return [Case(name, tuple(files.values())) for name, files in found.items()]
+
+
+def _refuse_damaged(cases: Sequence[Case]) -> None:
     for path in (path for case in cases for path in case.files):
         if path.name.endswith((".nii", ".nii.gz")) and (reason := incompleteness(path)) is not None:
             raise ScanError(f"{path} is damaged: {reason}; copy or download it again.")
-    return cases
 
 
 class ScanPrediction:
@@ -237,6 +239,7 @@ class ScanPrediction:
         cases = find_cases(source, self.predictor.dataset_json)
         self.found = len(cases)
         self.cases = [case for case in cases if not (keep_existing and self._is_done(case))]
+        _refuse_damaged(self.cases)
 
     def _files(self, case: Case) -> list[str]:
         endings = [self.predictor.dataset_json["file_ending"], *([".npz", ".pkl"] if self.probabilities else [])]
