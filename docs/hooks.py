@@ -7,8 +7,10 @@
 - In docstrings, references such as ``:class:`name``` and equations become code.
 """
 
+import atexit
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 @event_priority(100)  # before mkdocstrings reads it
 def on_config(config: Any) -> Any:
-    package = Path(tempfile.mkdtemp(), "nnunet_deform")
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    package = Path(folder, "nnunet_deform")
     package.mkdir()
     for path in (*(ROOT / "nnunet_deform").iterdir(), ROOT / "trainers", ROOT / "plans"):
         (package / path.name).symlink_to(path)
