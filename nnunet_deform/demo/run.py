@@ -41,8 +41,8 @@ from nnunet_deform.processes.commands import (
 REQUIRED_DICE = 0.6
 
 _NUM_TRAIN, _NUM_TEST = 10, 4
-_EPOCHS, _ITERATIONS = 8, 6
-_TRAINER = f"nnUNetTrainerDeformUX_AdamW_{_EPOCHS}epochs{_ITERATIONS}iters_seed0"
+_EPOCHS, _ITERATIONS = 6, 10
+_TRAINER = f"nnUNetTrainerDeformUX_AdamW_{_EPOCHS}epochs{_ITERATIONS}iters_seed0_unmirrored"
 
 _STEPS = 7
 
@@ -248,10 +248,10 @@ def _run_steps(runner: _Runner) -> dict[str, float]:
             *("-c", "3d_fullres", "-np", "1", "-npfp", "1"),
         )
         console.print(Padding(Text(_describe_plan(work)), (0, 0, 0, 4)))
-    with runner.step("train fold 0 and validate"):
+    with runner.step("train fold 0 and validate: without mirroring, to save time"):
         # Augmentation in the training process itself: two runs on one machine then end in the same weights.
         runner.command("nnUNetv2_train", "501", "3d_fullres", "0", *trained, epochs=_EPOCHS, nnUNet_n_proc_DA="0")
-    with runner.step("predict the test cases: final checkpoint, no mirroring to save time"):
+    with runner.step("predict the test cases: final checkpoint, without mirroring"):
         runner.command(
             *("nnUNetv2_predict", "-d", "501", "-i", str(raw / "imagesTs"), "-o", "predictions"),
             *("-c", "3d_fullres", "-f", "0", *trained, "--disable_tta", "-npp", "0", "-nps", "0"),

@@ -154,7 +154,7 @@ def test_a_run_leaves_the_complete_folder_and_nothing_else(fakes, console, tmp_p
     assert " ".join(calls[1]["args"]) == arguments
     assert f"$ nnUNetv2_train {arguments}\n" in shown
     assert "patch 24x40x40, batch 2" in shown
-    assert "epoch 10 of 10: training loss 0.1000" in shown
+    assert "epoch 6 of 6: training loss 0.5000" in shown
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["spleen"]] == ["0.800", "0.750", "0.850", "0.60"]
     assert [cell.strip() for cell in rows["lesions"]] == ["0.100", "0.050", "0.150", "-"]
@@ -170,7 +170,7 @@ def test_a_run_leaves_the_complete_folder_and_nothing_else(fakes, console, tmp_p
 
 
 def test_the_training_is_the_short_recipe_of_at_least_60_steps():
-    assert re.fullmatch(r"nnUNetTrainerDeformUX_AdamW_(\d+)epochs(\d+)iters_seed0", run._TRAINER)
+    assert re.fullmatch(r"nnUNetTrainerDeformUX_AdamW_(\d+)epochs(\d+)iters_seed0_unmirrored", run._TRAINER)
     assert run._EPOCHS * run._ITERATIONS >= 60
 
 
@@ -250,7 +250,7 @@ def test_a_failing_command_shows_its_end_and_leaves_nothing(fakes, console, tmp_
     assert list(tmp_path.iterdir()) == []
     assert _running_fakes(fakes) == []
     shown = console.export_text()
-    assert "train_loss 0.1000" in shown
+    assert "train_loss 0.5000" in shown
     assert ("RuntimeError: the training [went] wrong" in shown) == (mode == "bad")
 
 
