@@ -56,10 +56,12 @@ def undisturbed(fakes, tmp_path_factory) -> Trial:
 
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
-    """Figures are not drawn, which takes half of a report's time; test_report and test_figures look at drawn ones."""
+    """Figures and pictures are not drawn, which takes most of a report's time; test_report and test_figures look at
+    drawn ones."""
     monkeypatch.setattr(
         figures, "svg", lambda figure, name, alt: f'<svg role="img" aria-label="{html.escape(alt)}"></svg>'
     )
+    monkeypatch.setattr(figures, "overlay", lambda *_: "data:image/png;base64,")
 
 
 @pytest.fixture

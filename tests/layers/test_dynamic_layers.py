@@ -147,7 +147,14 @@ def test_training_under_autocast(name: str):
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("name", ["odconv", "odconv-batch", "dcd", "dcd-batch", "ddconv-sampled"])
+# The others are in the networks of test_network_contract, which are compiled.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("odconv", "dcd")),
+        *("odconv-batch", "dcd-batch", "ddconv-sampled"),
+    ],
+)
 def test_compiles_as_one_graph(name: str):
     torch.compiler.reset()
     layer = layer_of(name)

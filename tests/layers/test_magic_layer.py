@@ -483,20 +483,20 @@ def test_batch_norm_is_that_of_torch():
     torch.testing.assert_close(layer.mixing_weights(x)[:1], one, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
-def test_autocast_at_128(dtype: torch.dtype, tolerance: float):
+def test_autocast_at_128():
     layer = MagicConv3d(16, 4, 3, stride=4, padding=1)
     x = torch.randn(1, 16, 128, 128, 128)
     # A feature map is not noise: a bright corner gives the softmax over voxels something to find.
     x[:, ::2, :40, :40, :40] += 2
     with torch.no_grad():
         weights, output = layer.mixing_weights(x), layer(x)
-        with torch.autocast("cpu", dtype=dtype):
-            assert (layer.mixing_weights(x) - weights).abs().max() <= 1e-6
-            half = layer(x.to(dtype))
-            assert (layer.mixing_weights(x.to(dtype)) - weights).abs().max() <= tolerance
-    assert half.dtype == dtype
-    assert (half.float() - output).norm() <= 1e-2 * output.norm()
+        for dtype, tolerance in ((torch.float16, 1e-3), (torch.bfloat16, 5e-3)):
+            with torch.autocast("cpu", dtype=dtype):
+                assert (layer.mixing_weights(x) - weights).abs().max() <= 1e-6
+                half = layer(x.to(dtype))
+                assert (layer.mixing_weights(x.to(dtype)) - weights).abs().max() <= tolerance
+            assert half.dtype == dtype
+            assert (half.float() - output).norm() <= 1e-2 * output.norm()
 
 
 def test_kernels_are_mixed_in_float32_under_autocast():
@@ -509,20 +509,31 @@ def test_kernels_are_mixed_in_float32_under_autocast():
     torch.testing.assert_close(kernels.double(), expected, rtol=0, atol=1e-6)
 
 
-def test_compiles_as_one_graph():
-    for options in (
-        {},
+# The first is in the networks of test_network_contract, which are compiled.
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
         {"mixing": "released", "kr_norm": "batch"},
         {"attention": "condconv", "attention_norm": "layer"},
-    ):
-        layer = layer_of(3, **options).float()
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        x = volume(3).float()
-        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+    ],
+    ids=str,
+)
+def test_compiles_as_one_graph(options: dict[str, Any]):
+    layer = layer_of(3, **options).float()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = volume(3).float()
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
-@norms
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("strict", "norm"),
+    [
+        (True, "running"),
+        *(pytest.param(True, norm, marks=pytest.mark.slow) for norm in ("none", "layer")),
+        *((False, norm) for norm in ("none", "running", "layer")),
+    ],
+)
 def test_exports_at_batch_1(strict: bool, norm: str):
     layer = layer_of(3, attention_norm=norm)
     layer(volume(3))

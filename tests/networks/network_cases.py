@@ -88,7 +88,9 @@ class Plan:
 
 def unet_arguments(name: str, levels: int, ndim: int) -> dict[str, Any]:
     """The further arguments of nnU-Net's own U-Nets."""
-    encoder = {"n_blocks_per_stage": [1] * levels} if "Residual" in name else {"n_conv_per_stage": [2] * levels}
+    encoder = {"n_blocks_per_stage": [1] * levels}
+    if "Residual" not in name:
+        encoder = {"n_conv_per_stage": [2] + [1] * (levels - 1)}
     return {
         **encoder,
         "n_conv_per_stage_decoder": [1] * (levels - 1),

@@ -31,6 +31,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+from nnunet_deform.networks.observation import summarise
 from nnunet_deform.networks.without_values import without_values
 
 # What autograd keeps of nnU-Net's PlainConvUNet for each element that nnU-Net counts.
@@ -52,7 +53,15 @@ pytestmark = every_case
 small_plans = pytest.mark.parametrize("plan", SMALL_PLANS, ids=str)
 
 
-@pytest.mark.parametrize("plan", [*LARGE_PLANS, *SMALL_PLANS, TWO_LEVELS], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        *(plan if plan.id == "20x320x256" else pytest.param(plan, marks=pytest.mark.slow) for plan in LARGE_PLANS),
+        *SMALL_PLANS,
+        TWO_LEVELS,
+    ],
+    ids=str,
+)
 def test_deep_supervision_shapes_are_nnunets(name: str, plan: Plan):
     with without_values():
         network = plan.network(name, input_channels=2, num_classes=5, deep_supervision=True)
@@ -294,15 +303,15 @@ def outputs_and_gradients(module: nn.Module, network: nn.Module, image: Tensor) 
 
 
 # Operations of the forward and the backward pass together, before inductor decomposes them and with blocks computed
-# again: what compiling costs grows with them. With torch 2.14.1: 423, 806, 1582, 1950, 1322, 1302, 784 and 1632.
+# again: what compiling costs grows with them. With torch 2.14.1: 423, 806, 1012, 1950, 856, 840, 534 and 1632.
 MOST_OPERATIONS = {
     "DeformUXNet": 465,
     "LightMedSeg": 890,
-    "MagicPlainConvUNet": 1740,
+    "MagicPlainConvUNet": 1115,
     "MagicResidualEncoderUNet": 2150,
-    "DynamicPlainConvUNet-odconv": 1450,
-    "DynamicPlainConvUNet-dcd": 1430,
-    "DynamicPlainConvUNet-ddconv": 860,
+    "DynamicPlainConvUNet-odconv": 945,
+    "DynamicPlainConvUNet-dcd": 925,
+    "DynamicPlainConvUNet-ddconv": 590,
     "DynamicResidualEncoderUNet-odconv": 1790,
 }
 
@@ -333,24 +342,39 @@ def test_compiles_as_one_graph_of_few_operations(name: str, backend: str, recomp
     # As nnU-Net's trainer does it: off for validation, on again for the next epoch.
     for deep_supervision in (True, False, True):
         compiled._orig_mod.decoder.deep_supervision = deep_supervision
-        eager = outputs_and_gradients(network, network, image)
-        ours = outputs_and_gradients(compiled, network, image)
+        # The gradients without it are those of the next test, and of the slow ones here.
+        trained = deep_supervision or backend != "counted"
+        network.train(trained)
+        with torch.set_grad_enabled(trained):
+            eager, ours = (
+                outputs_and_gradients(module, network, image) if trained else as_list(module(image))
+                for module in (network, compiled)
+            )
         assert len(ours) == len(eager)
         for one, other in zip(ours, eager, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     if backend == "counted":
         # Once with deep supervision, and once without.
-        assert len(counts) == 4
+        assert len(counts) == 3
         assert sum(counts[:2]) <= MOST_OPERATIONS[name]
 
 
-def test_compiles_for_inference_at_a_size_that_needs_padding(name: str):
+def test_compiles_without_deep_supervision_and_at_a_size_that_needs_padding(name: str):
+    """For training and for inference; and looking inside compiles nothing again."""
     torch.compiler.reset()
-    network = stir(TWO_LEVELS_2D.network(name)).eval()
+    network = stir(TWO_LEVELS_2D.network(name))
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    image = torch.randn(1, 1, 9, 7)
+    image = torch.randn(2, 1, 9, 7)
+    eager, ours = (outputs_and_gradients(module, network, image) for module in (network, compiled))
+    for one, other in zip(ours, eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    network.eval()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(image), network(image), rtol=1e-4, atol=1e-5)
+        before = compiled(image)
+        torch.testing.assert_close(before, network(image), rtol=1e-4, atol=1e-5)
+        assert summarise(compiled._orig_mod.observe_operators(image))[0]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(image), before)
 
 
 @pytest.mark.parametrize("plan", [ISOTROPIC, ANISOTROPIC, TWO_DIMENSIONAL], ids=str)

@@ -97,6 +97,13 @@ def _write_case(folder: Path, name: str, patch_size: Sequence[int], seed: int, i
 
 
 @pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of DeformUX-Net's widths, and few of MAGIC's residual blocks, where they do not matter."""
+    monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
+    monkeypatch.setattr(dynamic, "RESIDUAL_BLOCKS", (1, 2))
+
+
+@pytest.fixture
 def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
     """Returns make(trainer_class, patch_size, strides, kernel_sizes, results="results"): a trainer on a CPU for a fresh
     dataset of six cases of that size; calls with other ``results`` share the data but not the output folder.
@@ -162,17 +169,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scenario], P
 
 
 @pytest.fixture
-def workplace(prepared: Callable[[Scenario], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def workplace(prepared: Callable[[Scenario], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: None):
     """Returns workplace(scenario): nnU-Net's folders with a prepared dataset and no results yet.
 
-    The trainers have their own names and widths that two cores can train: DeformUX-Net's are divided by six, the
-    baselines are narrow, and MAGIC's residual encoder has few blocks.
+    The trainers have their own names and widths that two cores can train.
     """
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setenv(activation.VARIABLE, activation.extension_folder())
-    monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
-    monkeypatch.setattr(dynamic, "RESIDUAL_BLOCKS", (1, 2))
     narrow_baselines(monkeypatch)
     threads_for_processes(monkeypatch)
     without_waiting(monkeypatch)

@@ -154,7 +154,7 @@ def test_a_step_a_validation_and_a_prediction(make_trainer, name, plan) -> None:
 def test_weights_load_strictly_with_deep_supervision_off_and_all_that_is_trained_gets_a_gradient(
     make_trainer, name
 ) -> None:
-    trainer = make_trainer(find_trainer(name), **PLANS["anisotropic"])
+    trainer = make_trainer(find_trainer(name), **PLANS["2d"])
     # Of an image and, as in a cascade, of the labels of the stage before.
     arguments = (trainer.plans_manager, trainer.configuration_manager, 5, 2)
     supervised = trainer.build_network_architecture(*arguments, enable_deep_supervision=True).eval()
@@ -174,7 +174,7 @@ def test_weights_load_strictly_with_deep_supervision_off_and_all_that_is_trained
 
 @pytest.mark.parametrize("name", RUN)
 def test_pretrained_weights_go_over_to_other_labels(make_trainer, tmp_path, name) -> None:
-    trainer = make_trainer(find_trainer(name), **PLANS["anisotropic"])
+    trainer = make_trainer(find_trainer(name), **PLANS["2d" if name in NETWORKS else "anisotropic"])
     plan = (trainer.plans_manager, trainer.configuration_manager)
     pretrained, network = (trainer.build_network_architecture(*plan, 1, classes) for classes in (3, 14))
     torch.save({"network_weights": pretrained.state_dict()}, tmp_path / "checkpoint_final.pth")
@@ -187,7 +187,7 @@ def test_pretrained_weights_go_over_to_other_labels(make_trainer, tmp_path, name
         assert torch.equal(value, before[key] if key in heads else source[key])
     # No more than the heads is left out: as many modules as there are logits.
     depth = len({key.split(".seg_layers.")[0] for key in heads})
-    assert depth == len(as_list(network(torch.randn(1, 1, 10, 36, 20))))
+    assert depth == len(as_list(network(torch.randn(1, 1, *trainer.configuration_manager.patch_size))))
 
 
 @pytest.mark.parametrize("name", COARSEST)

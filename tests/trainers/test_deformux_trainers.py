@@ -12,7 +12,6 @@ from stock_prediction import assert_the_networks_logits, predictor_of
 
 from nnunet_deform.networks import DeformUXNet
 from nnunet_deform.networks.deformux import DepthwiseScaling, Mlp
-from nnunet_deform.plans import deformux
 from nnunet_deform.trainers import base as trainer_base
 from nnunet_deform.trainers import (
     nnUNetTrainerDeformUX,
@@ -27,12 +26,6 @@ ANISOTROPIC = {
     "strides": ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
     "kernel_sizes": ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
 }
-
-
-@pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of the paper's widths, where they do not matter."""
-    monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
 
 
 def weights(trainer: nnUNetTrainer) -> dict[str, torch.Tensor]:
@@ -90,6 +83,7 @@ def test_deep_supervision_covers_the_networks_outputs(make_trainer) -> None:
     assert trainer._build_loss().weight_factors == pytest.approx([4 / 7, 2 / 7, 1 / 7, 0])
 
 
+@pytest.mark.usefixtures("narrow")
 def test_deep_supervision_is_off_with_a_single_output(make_trainer) -> None:
     trainer = make_trainer(nnUNetTrainerDeformUX, (8, 8, 8), TWO_LEVELS)
     assert not trainer.enable_deep_supervision
@@ -98,6 +92,7 @@ def test_deep_supervision_is_off_with_a_single_output(make_trainer) -> None:
     assert isinstance(trainer.network(torch.zeros(1, 1, 8, 8, 8)), torch.Tensor)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_paper_recipe(make_trainer) -> None:
     trainer = make_trainer(nnUNetTrainerDeformUX_paper)
     trainer.initialize()
@@ -133,6 +128,7 @@ def with_offset_rate(request, make_trainer, monkeypatch):
     return make
 
 
+@pytest.mark.usefixtures("narrow")
 def test_offset_branches_at_a_multiple_of_the_rate(with_offset_rate) -> None:
     groups, rates = {}, {}
     for factor in (1, 3, 10):
@@ -220,6 +216,7 @@ def test_an_offset_rate_that_is_no_positive_number_leaves_nothing_behind(make_tr
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.usefixtures("narrow")
 def test_an_offset_rate_without_offsets(make_trainer) -> None:
     trainer_class = type("nnUNetTrainerMine", (nnUNetTrainerDeformUX_opOff,), {"offset_rate": 3})
     with pytest.raises(ValueError, match="has nothing to act on: its network has no offset branch"):

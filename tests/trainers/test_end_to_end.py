@@ -24,7 +24,6 @@ MAIN = ("nnUNetTrainerDeformUX", "nnUNetTrainerLightMedSeg", "nnUNetTrainerMAGIC
 CPU = torch.device("cpu")
 DATASET = "Dataset999_Phantom"
 
-main_trainers = pytest.mark.parametrize("name", MAIN)
 # They differ from another in numbers.
 LARGER = [
     *(f"nnUNetTrainer{network}_{size}" for network in ("MedNeXt", "Primus", "PrimusV2", "PrimusV3") for size in "BML"),
@@ -193,8 +192,15 @@ def test_nnunets_own_trainer_and_prediction_take_our_plans_without_activation(
     assert set(np.unique(predict(root, folder, tmp_path / "predicted"))) <= {0, 1, 2}
 
 
-@main_trainers
-@pytest.mark.parametrize("scenario", [SCENARIOS["2d"], SCENARIOS["odd"]], ids=str)
+@pytest.mark.parametrize(
+    ("scenario", "name"),
+    [
+        pytest.param(SCENARIOS[scenario], name, id=f"{scenario}-{name}", marks=() if fast else pytest.mark.slow)
+        for scenario in ("2d", "odd")
+        for name in MAIN
+        for fast in [scenario == "2d" or name == "nnUNetTrainerMAGIC"]
+    ],
+)
 def test_mirrored_prediction_is_the_mean_over_all_mirrorings(workplace, name, scenario) -> None:
     root = workplace(scenario)
     (configuration,) = scenario.configurations

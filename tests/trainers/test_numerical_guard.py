@@ -26,6 +26,9 @@ LAYERS = {
 cases = pytest.mark.parametrize(("name", "layer"), [(name, layer) for name, pair in LAYERS.items() for layer in pair])
 
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
+
 @pytest.fixture
 def started(make_trainer) -> Callable[[str], nnUNetTrainer]:
     """Returns started(name): a trainer in the middle of an epoch, with a batch in ``trainer.batch``."""

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nnunet_deform import networks, trainers
-from nnunet_deform.plans import deformux, dynamic
 from nnunet_deform.trainers.variants import find_trainer
 
 OURS = [name for name in trainers.__all__ if name not in (*trainers.BASELINES, *trainers.RIVALS)]
@@ -22,14 +21,9 @@ PLANS = {
     "3d": {"patch_size": (16, 16, 16)},
     "2d": {"patch_size": (32, 24), "strides": ((1, 1), (2, 2), (2, 2))},
 }
+pytestmark = pytest.mark.usefixtures("narrow")
 main_trainers = pytest.mark.parametrize("name", MAIN)
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-
-
-@pytest.fixture(autouse=True)
-def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deformux, "BASE_FEATURES", 8)
-    monkeypatch.setattr(dynamic, "RESIDUAL_BLOCKS", (1, 2))
 
 
 def started(trainer: nnUNetTrainer) -> nnUNetTrainer:
@@ -47,7 +41,7 @@ def tensors(outputs: Tensor | list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("name", OURS)
 def test_it_builds_its_network_takes_a_step_and_loads_again(make_trainer, name) -> None:
     # Those with BatchNorm are for 2D.
-    size = (32, 32) if name.endswith("_BN") else (32, 32, 32)
+    size = (32, 32) if name.endswith("_BN") else (16, 16, 16)
     trainer = make_trainer(find_trainer(name), size, ((1,) * len(size), (2,) * len(size), (2,) * len(size)))
     trainer.initialize()
     planned = trainer.planned_architecture(trainer.configuration_manager)["network_class_name"]
@@ -80,13 +74,22 @@ def test_it_builds_its_network_takes_a_step_and_loads_again(make_trainer, name) 
     assert pickle.loads(pickle.dumps(type(trainer))) is type(trainer)
 
 
-@main_trainers
+# What nnU-Net does with a compiled network is the same for all; test_network_contract switches each of them compiled.
 @pytest.mark.parametrize(
-    ("plan", "compiled"),
-    [(PLANS["3d"], False), (PLANS["2d"], False), (PLANS["2d"], True)],
-    ids=["3d-eager", "2d-eager", "2d-compiled"],
+    ("plan", "compiled", "name"),
+    [
+        pytest.param(
+            PLANS[plan],
+            compiled,
+            name,
+            id=f"{plan}-{'compiled' if compiled else 'eager'}-{name}",
+            marks=pytest.mark.slow if compiled and name != "nnUNetTrainerDeformUX" else (),
+        )
+        for plan, compiled in (("3d", False), ("2d", False), ("2d", True))
+        for name in MAIN
+    ],
 )
-def test_deep_supervision_is_switched_by_the_trainer(make_trainer, name, plan, compiled) -> None:
+def test_deep_supervision_is_switched_by_the_trainer(make_trainer, plan, compiled, name) -> None:
     torch.compiler.reset()
     trainer = started(make_trainer(find_trainer(name), **plan))
     plain = trainer.network

@@ -173,6 +173,7 @@ def test_lengths(make_trainer, name, epochs, iterations, validation_iterations, 
     assert trainer.save_every == save_every
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("name", "warmup"),
     [
@@ -212,6 +213,7 @@ def test_adamw_rate_changes_with_each_iteration(make_trainer) -> None:
     assert rates == pytest.approx(cosine, rel=1e-6)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("name", "optimizer", "rate"),
     [
