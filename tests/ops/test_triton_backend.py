@@ -240,7 +240,7 @@ ENVIRONMENTS = {
 # Forks of a process that has imported torch, which takes seconds, and neither Triton nor us.
 PROGRAM = """
 import os, sys
-import torch, torch._dynamo
+import torch
 assert not {"triton", "nnunet_deform"} & sys.modules.keys()
 for before in sys.argv[2:]:
     if os.fork() == 0:
