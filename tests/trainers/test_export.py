@@ -16,7 +16,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export
 pytestmark = pytest.mark.usefixtures("narrow")
 PLANS = {
     "3d": {"patch_size": (8, 16, 12), "strides": ((1, 1, 1), (2, 2, 2), (2, 2, 2))},
-    "2d": {"patch_size": (16, 24), "strides": ((1, 1), (2, 2))},
+    "2d": {"patch_size": (16, 24), "strides": ((1, 1), (2, 2), (2, 2))},
 }
 
 
