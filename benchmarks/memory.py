@@ -1,14 +1,14 @@
-"""What the planner estimates, beside what autograd keeps: the table of docs/planning.md.
+"""What the planner estimates, beside what a training step holds: the tables of docs/planning.md.
 
-    python benchmarks/memory.py [--patch NAME ...] [--compiled] [--output FILE.json]
+    python benchmarks/memory.py [--patch NAME ...] [--only NAME ...] [--compiled] [--output FILE.json]
 
 For the patches that nnU-Net plans, each network in the place of its U-Net, one channel and three classes, float16
-autocast on fake CUDA tensors, so no GPU is needed, but a torch for CUDA, from 2.11 on. Kept bytes are of the tensors
-saved for the backward pass, of one sample: of the plain form, which the planner estimates; of an eager training step,
-which computes cheap things again, and with recompute="blocks" whole blocks; and of a compiled one, as inductor's
-partition has it (--compiled; minutes for each network). The peak is the most that an eager step holds at one time of
-its backward pass: what is kept and made again, and the gradients of feature maps. GB are the planner's for a step of
-batch 2 (12 in 2D).
+autocast on fake CUDA tensors, so no GPU is needed, but a torch for CUDA, from 2.11 on. Bytes are of one sample, in
+eager training steps, which compute cheap things again, and with recompute="blocks" whole blocks. Kept are tensors
+saved for the backward pass. The peak is the most that a step holds at one time of its backward pass: what is kept and
+made again, and the gradients of feature maps; the planner estimates it. Of a compiled step it is what inductor's
+partition keeps (--compiled; minutes for each network). GB are the planner's for a step of batch 2 (12 in 2D). What a
+file has of other patches, networks and compiled steps stays.
 """
 
 import argparse
@@ -74,16 +74,15 @@ def contenders(unet: Architecture, patch: tuple[int, ...]) -> dict[str, Architec
 
 
 def measured(architecture: Architecture, patch: tuple[int, ...], batch: int, compiled: bool) -> dict[str, Any]:
-    """Bytes, and the planner's GB; what is estimated and the plain form do not depend on the mode."""
+    """Bytes, and the planner's GB."""
     arguments = (architecture, patch, CHANNELS, CLASSES)
-    step = step_bytes(*arguments)
+    traced = {"compiled": compiled_kept_bytes(*arguments)} if compiled else {}
     return {
+        **traced,
         "levels": len(architecture["arch_kwargs"]["strides"]),
+        "kept": kept_bytes(*arguments, mixed_precision=True, eager=True),
+        "peak": step_bytes(*arguments, mixed_precision=True).peak,
         "estimated": round(estimated_bytes(*arguments, mixed_precision=True)),
-        "plain": kept_bytes(*arguments, mixed_precision=True),
-        "eager": kept_bytes(*arguments, mixed_precision=True, eager=True),
-        "peak": step.peak,
-        "compiled": compiled_kept_bytes(*arguments) if compiled else None,
         "gigabytes": round(estimated_gigabytes(architecture, patch, batch, CHANNELS, CLASSES, mixed_precision=True), 2),
     }
 
@@ -91,25 +90,30 @@ def measured(architecture: Architecture, patch: tuple[int, ...], batch: int, com
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patch", nargs="+", choices=PATCHES, default=list(PATCHES))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="networks, such as 'DeformUX, blocks'")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if unable_to_follow_autocast() is not None:
         sys.exit(unable_to_follow_autocast())
     record = {"about": describe(), "batch": 1, "bytes": {}}
+    if options.output is not None and options.output.exists():
+        record["bytes"] = json.loads(options.output.read_text())["bytes"]
     print(f"torch {torch.__version__}, {record['about']['date']}")
-    print("| patch | network | levels | estimated (MB) | plain form (MB) | error | eager | peak | compiled | GB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| patch | network | levels | kept (MB) | peak (MB) | estimated (MB) | error | compiled (MB) | GB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for label in options.patch:
         patch, spacing, batch = PATCHES[label]
         rows = record["bytes"].setdefault(label, {})
         for name, architecture in contenders(planned_unet(patch, spacing), patch).items():
-            rows[name] = row = measured(architecture, patch, batch, options.compiled)
-            mega = {key: "-" if row[key] is None else f"{row[key] / 1e6:.0f}" for key in ("eager", "peak", "compiled")}
+            if options.only is not None and name not in options.only:
+                continue
+            rows[name] = row = {**rows.get(name, {}), **measured(architecture, patch, batch, options.compiled)}
+            compiled = f"{row['compiled'] / 1e6:.0f}" if "compiled" in row else "-"
             print(
-                f"| {label} | {name} | {row['levels']} | {row['estimated'] / 1e6:.0f} | {row['plain'] / 1e6:.0f} | "
-                f"{100 * (row['estimated'] / row['plain'] - 1):+.1f} % | {mega['eager']} | {mega['peak']} | "
-                f"{mega['compiled']} | {row['gigabytes']:.1f} |",
+                f"| {label} | {name} | {row['levels']} | {row['kept'] / 1e6:.0f} | {row['peak'] / 1e6:.0f} | "
+                f"{row['estimated'] / 1e6:.0f} | {100 * (row['estimated'] / row['peak'] - 1):+.1f} % | {compiled} | "
+                f"{row['gigabytes']:.1f} |",
                 flush=True,
             )
             if options.output is not None:

@@ -1,9 +1,11 @@
 """Training step and prediction of our networks, their controls and nnU-Net's PlainConvUNet on one plan.
 
     python benchmarks/networks.py [--patch 40 56 40] [--batch 2] [--channels 1] [--device cpu] [--threads 1]
-                                  [--rivals] [--only NAME ...] [--skip-training] [--output FILE.json]
+                                  [--rivals | --modes] [--only NAME ...] [--skip-training]
+                                  [--skip-times | --skip-memory] [--output FILE.json]
 
-With --rivals the networks of the papers' tables take the place of ours, those that take the plan.
+With --rivals the networks of the papers' tables take the place of ours, those that take the plan. With --modes it is
+training steps of ours by default, with recompute="blocks", and in the plain form, which computes nothing again.
 The plan is nnU-Net's for this patch at isotropic spacing, with three classes. A training step is forward, Dice and
 cross-entropy under deep supervision, backward and SGD (float32 on the CPU, bfloat16 autocast on CUDA); prediction is
 one forward pass of one sample. The networks take turns in every round, and the fastest round counts: CPU time with one
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import Tensor, nn
 
+from nnunet_deform.layers.recomputation import plain_forms
 from nnunet_deform.ops import BACKEND_VARIABLE
 from nnunet_deform.plans import (
     deformux_architecture,
@@ -44,10 +48,12 @@ OFFSET_SPREAD = 0.5  # voxels: about what training ends with; at zero every samp
 
 @dataclass(frozen=True)
 class Contender:
-    """How a network comes from the plan's own ``architecture`` and patch, and the operator's backend; None: fastest."""
+    """How a network comes from the plan's own ``architecture`` and patch, the operator's backend (None: the fastest),
+    and whether a training step computes nothing again."""
 
     architecture: Callable[..., dict[str, Any]]
     backend: str | None = None
+    plain: bool = False
 
 
 CONTENDERS = {
@@ -68,7 +74,16 @@ RIVALS = {
     name: Contender(partial(rival_architecture, network=name))
     for name in ("NnFormer", "NnFormer_96", "UNETRPlusPlus", "SegFormer3D", "UNesT_B", "UNesT_L", "TransBTS", "CoTr")
 }
-ALL = {**CONTENDERS, **RIVALS}
+MODES = {
+    f"{name}{mode}": contender
+    for name in ("DeformUX-Net", "LightMedSeg", "MAGIC 4x")
+    for mode, contender in (
+        ("", CONTENDERS[name]),
+        (", blocks", Contender(partial(CONTENDERS[name].architecture, recompute="blocks"))),
+        (", plain form", Contender(CONTENDERS[name].architecture, plain=True)),
+    )
+}
+ALL = {**CONTENDERS, **RIVALS, **MODES}
 
 
 def planned(patch: Sequence[int]) -> dict[str, Any]:
@@ -122,7 +137,7 @@ class Case:
     """One contender, ready to train on one batch and to predict its first sample."""
 
     def __init__(self, name: str, patch: Sequence[int], batch: int, channels: int, device: str) -> None:
-        self.backend = ALL[name].backend
+        self.backend, self.plain = ALL[name].backend, ALL[name].plain
         self.device = device
         self.network = build(name, patch, channels).to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), 1e-3, momentum=0.99, nesterov=True)
@@ -136,7 +151,10 @@ class Case:
         os.environ.pop(BACKEND_VARIABLE, None)
         if self.backend:
             os.environ[BACKEND_VARIABLE] = self.backend
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+        with (
+            torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"),
+            plain_forms() if self.plain else nullcontext(),
+        ):
             return self.network(image)
 
     def training_step(self) -> None:
@@ -173,7 +191,14 @@ def peak_memory(what: str, case_arguments: tuple) -> int:
 
 
 def measure(
-    names: Sequence[str], whats: Sequence[str], case_arguments: tuple, device: str, threads: int, rounds: int
+    names: Sequence[str],
+    whats: Sequence[str],
+    case_arguments: tuple,
+    device: str,
+    threads: int,
+    rounds: int,
+    times: bool,
+    memory: bool,
 ) -> list[dict[str, Any]]:
     torch.set_num_threads(threads)
     clock = clock_of(device, threads)
@@ -182,31 +207,30 @@ def measure(
         name: {"name": name, "parameters": sum(p.numel() for p in case.network.parameters())}
         for name, case in cases.items()
     }
-    times = {
-        what: fastest(rounds, {name: getattr(case, what) for name, case in cases.items()}, clock) for what in whats
-    }
+    for what in whats if times else ():
+        best = fastest(rounds, {name: getattr(case, what) for name, case in cases.items()}, clock)
+        for name, row in rows.items():
+            row[f"{what}_ms"] = best[name]
+            row[f"{what}_time_ratio"] = best[name] / best[STOCK]
     del cases
     memory_of = peak_memory if device == "cuda" else partial(in_own_process, threads, peak_memory)
-    for what in whats:
+    for what in whats if memory else ():
         for name, row in rows.items():
-            row[f"{what}_ms"] = times[what][name]
-            row[f"{what}_time_ratio"] = times[what][name] / times[what][STOCK]
-            memory = memory_of(what, (name, *case_arguments)) if device == "cuda" or can_measure_memory() else None
-            row[f"{what}_peak_bytes"] = memory
-            row[f"{what}_peak_ratio"] = None if memory is None else memory / rows[STOCK][f"{what}_peak_bytes"]
+            row[f"{what}_peak_bytes"] = peak = memory_of(what, (name, *case_arguments))
+            row[f"{what}_peak_ratio"] = peak / rows[STOCK][f"{what}_peak_bytes"]
     return list(rows.values())
 
 
 def show(rows: Sequence[dict[str, Any]], whats: Sequence[str]) -> None:
-    titles = "".join(f"{what.replace('_', ' '):>17}{'of stock':>10}{'peak':>11}{'of stock':>10}" for what in whats)
-    print(f"{'':36}{'parameters':>11}{titles}")
-    for row in rows:
-        line = f"{row['name']:36}{row['parameters']:11,}"
-        for what in whats:
-            line += f"{row[f'{what}_ms']:14.0f} ms{row[f'{what}_time_ratio']:10.3f}"
-            if row[f"{what}_peak_bytes"] is not None:
+    for what in whats:
+        print(f"{what.replace('_', ' '):36}{'parameters':>11}{'time':>13}{'of stock':>10}{'peak':>11}{'of stock':>10}")
+        for row in rows:
+            line = f"{row['name']:36}{row['parameters']:11,}"
+            if f"{what}_ms" in row:
+                line += f"{row[f'{what}_ms']:10.0f} ms{row[f'{what}_time_ratio']:10.3f}"
+            if f"{what}_peak_bytes" in row:
                 line += f"{row[f'{what}_peak_bytes'] / 1e6:8.0f} MB{row[f'{what}_peak_ratio']:10.2f}"
-        print(line)
+            print(line)
 
 
 def _that_take(patch: Sequence[int]) -> list[str]:
@@ -230,18 +254,33 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rivals", action="store_true", help="the networks of the papers' tables")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--rivals", action="store_true", help="the networks of the papers' tables")
+    instead.add_argument("--modes", action="store_true", help="training steps that compute more or nothing again")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(ALL), help=f"beside {STOCK}")
     parser.add_argument("--skip-training", action="store_true")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--skip-times", action="store_true")
+    either.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
+    if arguments.modes and arguments.skip_training:
+        parser.error("--modes compares training steps; leave out --skip-training.")
     about = describe()
-    contenders = [STOCK, *_that_take(arguments.patch)] if arguments.rivals else list(CONTENDERS)
+    contenders = [STOCK, *MODES] if arguments.modes else list(CONTENDERS)
+    if arguments.rivals:
+        contenders = [STOCK, *_that_take(arguments.patch)]
     names = [name for name in contenders if name == STOCK or arguments.only is None or name in arguments.only]
-    whats = ["prediction"] if arguments.skip_training else ["training_step", "prediction"]
+    whats = [] if arguments.skip_training else ["training_step"]
+    if not arguments.modes:
+        whats.append("prediction")
     settings = {name: getattr(arguments, name) for name in ("patch", "batch", "channels", "threads", "rounds")}
     case_arguments = (tuple(arguments.patch), arguments.batch, arguments.channels, arguments.device)
-    rows = measure(names, whats, case_arguments, arguments.device, arguments.threads, arguments.rounds)
+    memory = not arguments.skip_memory and (arguments.device == "cuda" or can_measure_memory())
+    rows = measure(
+        *(names, whats, case_arguments, arguments.device, arguments.threads, arguments.rounds),
+        *(not arguments.skip_times, memory),
+    )
     show(rows, whats)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

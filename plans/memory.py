@@ -1,5 +1,6 @@
 """How much memory training a plan takes, by nnU-Net's own yardstick."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -19,27 +20,43 @@ from nnunet_deform.plans.magic import NETWORKS as MAGIC
 _T = TypeVar("_T")
 
 
-class BytesPerElement(NamedTuple):
-    """Bytes that autograd keeps of a sample for each element that the network counts."""
+class Held(NamedTuple):
+    """Bytes of a sample that an eager training step holds at most, at one time of its backward pass."""
 
-    float32: float
-    mixed_2d: float
-    mixed_3d: float
+    # What is kept for the backward pass, for each element that the network counts and does not make again,
+    per_element: float
+    # and what is in flight at the finest level, gradients and what is made again, for each element of a feature map
+    # there; with recompute="blocks" less what is not kept there.
+    per_finest: float
 
-    def of(self, ndim: int, mixed_precision: bool) -> float:
-        return self.float32 if not mixed_precision else self.mixed_2d if ndim == 2 else self.mixed_3d
+
+class Step(NamedTuple):
+    """What a training step takes of a sample: an eager one in either precision, and a compiled one in mixed precision,
+    of which the bytes are known that it keeps for each element that the network counts."""
+
+    float32: Held
+    mixed: Held
+    compiled: float
 
 
-# Measured by kept_bytes on patches of 64^3, 16x128x128 and 256x192, means; tests/plans/test_memory.py measures them
-# again, and other patches. Norms and attention stay in float32 under autocast, so a network's half precision may be
-# far from half the bytes.
-_NNUNETS_OWN = BytesPerElement(7.90, 3.95, 3.95)
+# Held: what step_bytes measures on patches of 64^3, 16x128x128 and 256x192, means; tests/plans/test_memory.py measures
+# it again, and other patches. Compiled: what compiled_kept_bytes traces at 128^3. MAGIC in the residual encoder was not
+# traced, and has what its plain form keeps, as MAGIC in the plain U-Net turned out to; LightMedSeg and MAGIC were not
+# with recomputed blocks, and have what they keep without, which is no less.
+_NNUNETS_OWN = Step(Held(7.95, 15.62), Held(3.98, 7.81), 3.95)
 _OURS = {
-    DEFORMUX: BytesPerElement(7.24, 4.14, 4.04),
-    LIGHTMEDSEG: BytesPerElement(7.41, 6.60, 6.93),
-    MAGIC["plain"]: BytesPerElement(7.82, 3.91, 3.95),
-    MAGIC["residual"]: BytesPerElement(7.64, 3.80, 3.87),
+    (DEFORMUX, "cheap"): Step(Held(2.79, 23.75), Held(1.57, 11.87), 2.10),
+    (DEFORMUX, "blocks"): Step(Held(2.79, 11.75), Held(1.57, 5.83), 0.67),
+    (LIGHTMEDSEG, "cheap"): Step(Held(4.29, 21.50), Held(2.53, 26.25), 2.30),
+    (LIGHTMEDSEG, "blocks"): Step(Held(4.29, 21.50), Held(2.53, 27.97), 2.30),
+    (MAGIC["plain"], "cheap"): Step(Held(7.95, 15.62), Held(3.98, 7.81), 3.95),
+    (MAGIC["plain"], "blocks"): Step(Held(7.95, 3.62), Held(3.98, 1.67), 3.95),
+    (MAGIC["residual"], "cheap"): Step(Held(7.88, 15.62), Held(3.94, 7.81), 3.87),
+    (MAGIC["residual"], "blocks"): Step(Held(7.88, 3.62), Held(3.94, 1.67), 3.87),
 }
+# What an eager step of nnU-Net's own U-Net holds for each counted element on the patches that its references are for,
+# 512^2 and 128^3.
+_REFERENCE_HELD = {2: 4.77, 3: 5.13}
 
 # nnU-Net's planners say how many elements of one sample, at which batch, a GPU of so many GB has room for:
 # ExperimentPlanner for 8, nnUNetPlannerResEncL for 24, nnUNetPlannerResEncXL for 40. Its authors report 7.7, 22.7 and
@@ -58,7 +75,8 @@ def elements_for(gigabytes: float, ndim: int) -> float:
     return _REFERENCE_BATCH[ndim] * beyond * float(np.interp(gigabytes, _GIGABYTES, _ELEMENTS[ndim]))
 
 
-def _gigabytes_for(elements: float, ndim: int) -> float:
+def gigabytes_for(elements: float, ndim: int) -> float:
+    """The inverse of :func:`elements_for`."""
     of_reference = elements / _REFERENCE_BATCH[ndim]
     beyond = max(1.0, of_reference / _ELEMENTS[ndim][-1])
     return beyond * float(np.interp(of_reference, _ELEMENTS[ndim], _GIGABYTES))
@@ -74,7 +92,7 @@ def estimated_gigabytes(
     mixed_precision: bool,
 ) -> float | None:
     """Memory of a training step in GB, as nnU-Net's planners mean it: the GPU for which they would plan a network of
-    nnU-Net's own that keeps as many bytes for the backward pass. Half to two thirds of it are these bytes.
+    nnU-Net's own whose training step holds as many bytes at most. Three quarters of it are these bytes.
 
     Args:
         architecture: a plan's ``architecture`` entry.
@@ -89,7 +107,7 @@ def estimated_gigabytes(
     elements = estimated_elements(
         architecture, patch_size, input_channels, num_classes, mixed_precision=mixed_precision
     )
-    return None if elements is None else _gigabytes_for(elements * batch_size, len(patch_size))
+    return None if elements is None else gigabytes_for(elements * batch_size, len(patch_size))
 
 
 def estimated_elements(
@@ -100,12 +118,22 @@ def estimated_elements(
     *,
     mixed_precision: bool,
 ) -> float | None:
-    """The elements that nnU-Net's own network would count where this one keeps as many bytes of one sample.
+    """The elements that nnU-Net's own network would count where its training step holds as many bytes of one sample, in
+    mixed precision; what a step holds in float32 counts twice.
 
-    They are in mixed precision; what a network keeps in float32 counts twice. None as in :func:`estimated_gigabytes`.
+    In mixed precision, as on a GPU, steps may be compiled, and it is no fewer than those of which a compiled step of
+    its own keeps as many bytes. A network that is none of ours is taken to hold as much of each element as nnU-Net's
+    own. None as in :func:`estimated_gigabytes`.
     """
-    estimate = estimated_bytes(architecture, patch_size, input_channels, num_classes, mixed_precision=mixed_precision)
-    return None if estimate is None else estimate / _NNUNETS_OWN.of(len(patch_size), mixed_precision=True)
+    count = _count(architecture, patch_size, input_channels, num_classes)
+    if count is None:
+        return None
+    own = _NNUNETS_OWN.compiled
+    ours = _OURS.get(_network_and_mode(architecture))
+    if ours is None:
+        return count.elements + 2 * count.autocast_surplus / own if mixed_precision else 2 * count.elements
+    held = _held(count, architecture, patch_size, mixed_precision) / _REFERENCE_HELD[len(patch_size)]
+    return max(held, count.elements * ours.compiled / own) if mixed_precision else held
 
 
 def estimated_bytes(
@@ -115,19 +143,19 @@ def estimated_bytes(
     num_classes: int,
     *,
     mixed_precision: bool,
-) -> float | None:
-    """Bytes that autograd keeps of one sample, from the network's own count. None as in :func:`estimated_gigabytes`."""
+) -> float:
+    """Bytes that an eager training step holds of one sample at most, from the network's own count; of nnU-Net's U-Nets
+    and ours. :func:`step_bytes` measures them."""
     count = _count(architecture, patch_size, input_channels, num_classes)
-    if count is None:
-        return None
-    per_element = _OURS.get(architecture["network_class_name"], _NNUNETS_OWN).of(len(patch_size), mixed_precision)
-    return count.elements * per_element + (2 * count.autocast_surplus if mixed_precision else 0)
+    return _held(count, architecture, patch_size, mixed_precision)
 
 
 class _Count(NamedTuple):
     """What a network counts of one sample."""
 
     elements: float
+    # Of these, what an eager step makes again.
+    made_again: float
     # Numbers of half precision that autocast keeps beyond as many.
     autocast_surplus: float
 
@@ -138,17 +166,33 @@ _counts: dict[tuple[str, tuple[int, ...], int, int], _Count | None] = {}
 def _count(
     architecture: Mapping[str, Any], patch_size: Sequence[int], input_channels: int, num_classes: int
 ) -> _Count | None:
-    """None if the network does not count. Kept, because a search for the largest patch asks for each several times."""
-    key = repr(architecture), tuple(patch_size), input_channels, num_classes
+    """None if the network does not count. Kept, because a search for the largest patch asks for each several times, and
+    for both modes, in which the count is the same."""
+    options = {key: value for key, value in architecture["arch_kwargs"].items() if key != "recompute"}
+    key = repr({**architecture, "arch_kwargs": options}), tuple(patch_size), input_channels, num_classes
     if key not in _counts:
         with without_values():
             network = _build(architecture, input_channels, num_classes)
         if hasattr(network, "compute_conv_feature_map_size"):
-            surplus = network.autocast_surplus(patch_size) if hasattr(network, "autocast_surplus") else 0
-            _counts[key] = _Count(float(network.compute_conv_feature_map_size(patch_size)), surplus)
+            _counts[key] = _Count(
+                float(network.compute_conv_feature_map_size(patch_size)),
+                network.made_again(patch_size) if hasattr(network, "made_again") else 0,
+                network.autocast_surplus(patch_size) if hasattr(network, "autocast_surplus") else 0,
+            )
         else:
             _counts[key] = None
     return _counts[key]
+
+
+def _held(count: _Count, architecture: Mapping[str, Any], patch_size: Sequence[int], mixed_precision: bool) -> float:
+    step = _OURS.get(_network_and_mode(architecture), _NNUNETS_OWN)
+    held = step.mixed if mixed_precision else step.float32
+    finest = architecture["arch_kwargs"]["features_per_stage"][0] * math.prod(patch_size)
+    return held.per_element * (count.elements - count.made_again) + held.per_finest * finest
+
+
+def _network_and_mode(architecture: Mapping[str, Any]) -> tuple[str, str]:
+    return architecture["network_class_name"], architecture["arch_kwargs"].get("recompute", "cheap")
 
 
 def kept_bytes(
@@ -162,8 +206,8 @@ def kept_bytes(
 ) -> int:
     """Bytes that autograd keeps of one sample on a CUDA device, measured as by :func:`bytes_kept_on_cuda`.
 
-    Of the plain form, which the estimates are for, or of an ``eager`` training step. What does not grow with the batch,
-    such as half-precision copies of the weights, is left out.
+    Of the plain form, in which nothing is computed again, or of an ``eager`` training step. What does not grow with the
+    batch, such as half-precision copies of the weights, is left out.
     """
     measure = partial(bytes_kept_on_cuda, mixed_precision=mixed_precision)
     with nullcontext() if eager else plain_forms():
@@ -172,11 +216,17 @@ def kept_bytes(
 
 
 def step_bytes(
-    architecture: Mapping[str, Any], patch_size: Sequence[int], input_channels: int, num_classes: int
+    architecture: Mapping[str, Any],
+    patch_size: Sequence[int],
+    input_channels: int,
+    num_classes: int,
+    *,
+    mixed_precision: bool,
 ) -> StepBytes:
-    """What an eager training step under float16 autocast holds of one sample on a CUDA device, measured as by
-    :func:`bytes_of_step_on_cuda`, without what does not grow with the batch."""
-    one, two = _of_two_batches(bytes_of_step_on_cuda, architecture, patch_size, input_channels, num_classes)
+    """What an eager training step holds of one sample on a CUDA device, measured as by :func:`bytes_of_step_on_cuda`,
+    without what does not grow with the batch."""
+    measure = partial(bytes_of_step_on_cuda, mixed_precision=mixed_precision)
+    one, two = _of_two_batches(measure, architecture, patch_size, input_channels, num_classes)
     return StepBytes(*(b - a for a, b in zip(one, two, strict=True)))
 
 

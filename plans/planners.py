@@ -2,7 +2,8 @@
 
 A planner starts from a plan on disk and changes nothing that preprocessing depends on, so the base plan's preprocessed
 data serve the new plan as well. Without a memory target patch and batch are the base plan's too, and only the network
-differs; with one, nnU-Net's own search fits them to our network's memory.
+differs; with one, nnU-Net's own search fits them to our network's memory. Where the patch would shrink below the base
+plan's, blocks are computed again in the backward pass if that gives a larger one.
 
 nnU-Net's ``nnUNetv2_plan_experiment -pl`` looks for planners in its own package only; use ``nnunet-deform plan``, or
 ``plan_experiment_dataset(501, nnUNetPlannerDeformUX)``.
@@ -26,11 +27,12 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_deform.layers.recomputation import Recompute, check_recompute
 from nnunet_deform.plans.architecture import Architecture
 from nnunet_deform.plans.deformux import deformux_architecture
 from nnunet_deform.plans.lightmedseg import lightmedseg_architecture
 from nnunet_deform.plans.magic import magic_architecture
-from nnunet_deform.plans.memory import elements_for, estimated_elements, estimated_gigabytes
+from nnunet_deform.plans.memory import elements_for, estimated_elements, estimated_gigabytes, gigabytes_for
 from nnunet_deform.plans.preprocessed import owner_of, read_json, same_preprocessing
 
 # The memory targets of nnU-Net's ResEnc presets, in GB.
@@ -38,6 +40,7 @@ PRESETS = {"M": 8, "L": 24, "XL": 40}
 # nnU-Net's trainer weights the coarsest output with zero, and so a single one with 0 / 0.
 _MIN_LEVELS = 3
 _ARCHITECTURE_KEYS = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+_BLOCKS = {"recompute": "blocks"}
 # Without these there is nothing to plan from.
 _PLAN_KEYS = ("plans_name", "configurations", "original_median_shape_after_transp")
 _CONFIGURATION_KEYS = ("data_identifier", "patch_size", "batch_size", "spacing", "median_image_size_in_voxels")
@@ -45,6 +48,10 @@ _CONFIGURATION_KEYS = ("data_identifier", "patch_size", "batch_size", "spacing",
 
 class PlanError(Exception):
     """A plan cannot be made; the message says why and what to do."""
+
+
+class _TooLittleMemoryError(ValueError):
+    """No patch fits the target."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class PlannedConfiguration:
     base: Choice
     # Of the U-Net that nnU-Net plans for our patch; our network may keep fewer.
     unet_levels: int
+    # Why blocks are computed again in the backward pass; None where they are not, or the base plan has it so.
+    recomputed_because: str | None
 
 
 class NetworkPlanner(ExperimentPlanner):
@@ -81,8 +90,11 @@ class NetworkPlanner(ExperimentPlanner):
             decides these.
         base_plans_name: the plan to start from, in the dataset's folder of ``nnUNet_preprocessed``.
         overwrite: replace a plan of this name.
+        recompute: of the network, what its backward pass computes again, "cheap" or "blocks". None is the base plan's
+            or "cheap", and with a memory target "blocks" where only that keeps the patch from shrinking as far.
 
     Raises:
+        ValueError: an unknown ``recompute``.
         PlanError: the dataset, its fingerprint or the base plan is missing or damaged; the plan exists; the memory
             target is not positive; the base plan decides what was asked for. Raised by ``plan_experiment``: the base
             plan's architecture cannot be followed, the memory target is too small, or the plan cannot be written.
@@ -91,6 +103,8 @@ class NetworkPlanner(ExperimentPlanner):
 
     label: ClassVar[str]
     architecture: ClassVar[Callable[..., Architecture]]
+    # How many times as long a training step takes with recompute="blocks": docs/planning.md.
+    blocks_step_time: ClassVar[float]
 
     def __init__(
         self,
@@ -103,7 +117,10 @@ class NetworkPlanner(ExperimentPlanner):
         *,
         base_plans_name: str = "nnUNetPlans",
         overwrite: bool = False,
+        recompute: Recompute | None = None,
     ) -> None:
+        if recompute is not None:
+            check_recompute(recompute)
         plans_name = f"nnUNet{self.label}Plans" if plans_name is None else plans_name
         if overwrite_target_spacing is not None or suppress_transpose or preprocessor_name != "DefaultPreprocessor":
             raise PlanError(
@@ -136,7 +153,14 @@ class NetworkPlanner(ExperimentPlanner):
         self.UNet_reference_val_3d = elements_for(self.UNet_vram_target_GB, 3) / self.UNet_reference_val_corresp_bs_3d
         self.max_dataset_covered = 1
         self.configurations: list[PlannedConfiguration] = []
+        self.recompute = recompute
+        self._search_options = self._asked_for
         self._smallest_tried: tuple[list[int], float] | None = None
+
+    @property
+    def _asked_for(self) -> dict[str, Any]:
+        """Further arguments of ``architecture``."""
+        return {} if self.recompute is None else {"recompute": self.recompute}
 
     @property
     def dataset_id(self) -> int:
@@ -186,10 +210,17 @@ class NetworkPlanner(ExperimentPlanner):
         missing = [key for key in _ARCHITECTURE_KEYS if key not in unet]
         if missing:
             raise ValueError(f"its architecture has no {' and no '.join(missing)}.")
-        ours = {**resolved.configuration, "architecture": self.architecture(unet, resolved.patch_size)}
+        ours = {
+            **resolved.configuration,
+            "architecture": self.architecture(unet, resolved.patch_size, **self._asked_for),
+        }
+        recomputed_because = "it was asked for" if self.recompute == "blocks" else None
         inherits = "inherits_from" in entry
         if self.refits:
-            ours, unet = self._refit(base, resolved)
+            if self.recompute is None:
+                ours, unet, recomputed_because = self._refit_with_blocks_if_larger(base, resolved)
+            else:
+                ours, unet = self._refit(base, resolved, self._asked_for)
             changed = ("patch_size", "batch_size", "architecture")
             own = {"spacing", "median_image_size_in_voxels", *changed} & entry.keys()
             if own or not inherits:
@@ -206,15 +237,50 @@ class NetworkPlanner(ExperimentPlanner):
                 self._choice(base, resolved, ours),
                 self._choice(base, resolved, resolved.configuration),
                 len(unet["arch_kwargs"]["strides"]),
+                recomputed_because,
             )
         )
 
-    def _refit(self, base: PlansManager, resolved: ConfigurationManager) -> tuple[dict[str, Any], Architecture]:
-        """The configuration with patch and batch fitted to the target, and the U-Net that nnU-Net plans for them."""
+    def _refit_with_blocks_if_larger(
+        self, base: PlansManager, resolved: ConfigurationManager
+    ) -> tuple[dict[str, Any], Architecture, str | None]:
+        """As ``_refit``, and why blocks are computed again, if so."""
+        try:
+            found = self._refit(base, resolved, {})
+        except _TooLittleMemoryError:
+            if not self._blocks_take_less(base, resolved):
+                raise
+            return *self._refit(base, resolved, _BLOCKS), "no patch fits without it"
+        patch_size = found[0]["patch_size"]
+        if math.prod(patch_size) < math.prod(resolved.patch_size) and self._blocks_take_less(base, resolved):
+            with_blocks = self._refit(base, resolved, _BLOCKS)
+            if math.prod(with_blocks[0]["patch_size"]) > math.prod(patch_size):
+                return *with_blocks, f"the patch would be {' x '.join(map(str, patch_size))} without it"
+        return *found, None
+
+    def _blocks_take_less(self, base: PlansManager, resolved: ConfigurationManager) -> bool:
+        """Whether the step of the base plan's patch would hold less memory with recomputed blocks."""
+        unet, patch_size = resolved.configuration["architecture"], resolved.patch_size
+        cheap, blocks = (
+            estimated_elements(
+                self.architecture(unet, patch_size, recompute=recompute),
+                patch_size,
+                *self._channels(base, resolved),
+                mixed_precision=True,
+            )
+            for recompute in ("cheap", "blocks")
+        )
+        return blocks < cheap
+
+    def _refit(
+        self, base: PlansManager, resolved: ConfigurationManager, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], Architecture]:
+        """The configuration with patch and batch fitted to the target, and the U-Net that nnU-Net plans for them; with
+        further arguments of ``architecture``."""
         voxels = math.prod(resolved.median_image_size_in_voxels)
         if len(resolved.patch_size) == 2:
             voxels *= base.original_median_shape_after_transp[0]
-        self._smallest_tried = None
+        self._search_options, self._smallest_tried = options, None
         planned = super().get_plans_for_configuration(
             resolved.spacing,
             resolved.median_image_size_in_voxels,
@@ -228,7 +294,7 @@ class NetworkPlanner(ExperimentPlanner):
             **resolved.configuration,
             "patch_size": patch_size,
             "batch_size": planned["batch_size"],
-            "architecture": self.architecture(unet, patch_size),
+            "architecture": self.architecture(unet, patch_size, **options),
         }
         # nnU-Net rounds the batch to the nearest, which may be above the target.
         one = estimated_elements(
@@ -250,25 +316,23 @@ class NetworkPlanner(ExperimentPlanner):
         """Of our network in the place of the given U-Net, in elements that nnU-Net's own would count."""
         levels = len(arch_kwargs["strides"])
         if levels < _MIN_LEVELS:
-            raise ValueError(self._too_small(patch_size, levels))
+            raise self._too_small(patch_size, levels)
         unet = dict(zip(_ARCHITECTURE_KEYS, (arch_class_name, arch_kwargs, arch_kwargs_req_import), strict=True))
-        ours = self.architecture(unet, patch_size)
-        arguments = (ours, patch_size)
-        channels = (input_channels, output_channels)
-        self._smallest_tried = (
-            [int(size) for size in patch_size],
-            estimated_gigabytes(*arguments, self.UNet_min_batch_size, *channels, mixed_precision=True),
-        )
-        return estimated_elements(*arguments, *channels, mixed_precision=True)
+        ours = self.architecture(unet, patch_size, **self._search_options)
+        patch_size = [int(size) for size in patch_size]
+        estimate = estimated_elements(ours, patch_size, input_channels, output_channels, mixed_precision=True)
+        self._smallest_tried = patch_size, estimate
+        return estimate
 
-    def _too_small(self, patch_size: Sequence[int], levels: int) -> str:
+    def _too_small(self, patch_size: Sequence[int], levels: int) -> ValueError:
         if self._smallest_tried is None:
-            return (
+            return ValueError(
                 f"its images give a patch of {[int(size) for size in patch_size]} with {levels} levels, and fitting "
                 f"needs {_MIN_LEVELS}; plan without a memory target."
             )
-        smallest, gigabytes = self._smallest_tried
-        return (
+        smallest, elements = self._smallest_tried
+        gigabytes = gigabytes_for(elements * self.UNet_min_batch_size, len(smallest))
+        return _TooLittleMemoryError(
             f"{self.UNet_vram_target_GB:g} GB are too few for {self.label}: even a patch of {smallest} takes "
             f"{gigabytes:.2g} GB at batch {self.UNet_min_batch_size}; give more, or keep the base plan's patch."
         )
@@ -317,6 +381,7 @@ class nnUNetPlannerDeformUX(NetworkPlanner):
     """DeformUX-Net."""
 
     label = "DeformUX"
+    blocks_step_time = 1.2
     architecture = staticmethod(deformux_architecture)
 
 
@@ -324,6 +389,7 @@ class nnUNetPlannerLightMedSeg(NetworkPlanner):
     """LightMedSeg."""
 
     label = "LightMedSeg"
+    blocks_step_time = 1.2
     architecture = staticmethod(lightmedseg_architecture)
 
 
@@ -331,6 +397,7 @@ class nnUNetPlannerMAGIC(NetworkPlanner):
     """MAGIC in nnU-Net's plain U-Net."""
 
     label = "MAGIC"
+    blocks_step_time = 1.2
     architecture = staticmethod(magic_architecture)
 
 
@@ -338,6 +405,7 @@ class nnUNetPlannerMAGICResEnc(NetworkPlanner):
     """MAGIC in nnU-Net's residual encoder U-Net."""
 
     label = "MAGICResEnc"
+    blocks_step_time = 1.2
     architecture = staticmethod(partial(magic_architecture, encoder="residual"))
 
 

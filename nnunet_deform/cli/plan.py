@@ -24,6 +24,13 @@ class Arch(str, Enum):
     MAGIC_RESENC = "magic-resenc"
 
 
+class Again(str, Enum):
+    """The values of ``recompute``, see nnunet_deform.layers.recomputation."""
+
+    CHEAP = "cheap"
+    BLOCKS = "blocks"
+
+
 class Preset(str, Enum):
     """The keys of nnunet_deform.plans.planners.PRESETS."""
 
@@ -41,6 +48,14 @@ def plan(
         typer.Option("--preset", help="Fit patch and batch to 8, 24 or 40 GB, as nnU-Net's ResEnc presets do."),
     ] = None,
     vram: Annotated[float | None, typer.Option("--vram", help="Fit patch and batch to this many GB.")] = None,
+    recompute: Annotated[
+        Again | None,
+        typer.Option(
+            "--recompute",
+            help="What the backward pass computes again; blocks takes less memory and more time. By default cheap, or "
+            "blocks where --preset or --vram would shrink the patch.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan of this name.")] = False,
 ) -> None:
     """Write a plan with one of our networks, for nnU-Net's own trainers (-p).
@@ -63,6 +78,7 @@ def plan(
             plans_name=f"nnUNet{planner_class.label}{'' if preset is None else preset.value}Plans",
             base_plans_name=base,
             overwrite=overwrite,
+            recompute=None if recompute is None else recompute.value,
         )
         planner.plan_experiment()
     except PlanError as error:
@@ -98,14 +114,20 @@ def _print_plan(planner: "NetworkPlanner") -> None:
                 f"{configuration.name}: {configuration.ours.levels} levels, as many as {planner.label} has, in the "
                 f"place of a U-Net's {configuration.unet_levels}."
             )
+        if configuration.recomputed_because is not None:
+            print(
+                f"{configuration.name}: blocks at full resolution are computed again in the backward pass "
+                f'(recompute="blocks"), because {configuration.recomputed_because}; a training step takes about '
+                f"{planner.blocks_step_time:.2f} times as long."
+            )
         if configuration.ours.levels < 3:
             print(
                 f"{configuration.name}: with {configuration.ours.levels} levels nnU-Net's deep supervision gives NaN; "
                 "train with nnUNetTrainerNoDeepSupervision, or with our trainers."
             )
     print(
-        "GB: as nnU-Net's planner counts them, the GPU for which it would plan a network that keeps as much for the "
-        "backward pass, in mixed precision."
+        "GB: as nnU-Net's planner counts them, the GPU for which it would plan a network of its own whose training "
+        "step holds as much, in mixed precision."
     )
     print(f"Wrote {planner.target}")
 

@@ -219,6 +219,13 @@ class DynamicUNet(nn.Module):
         kept = sum(conv.kept_by_autograd(size) for conv, size in self._inputs(input_size))
         return round(float(total) + kept / STORED_PER_COUNTED)
 
+    def made_again(self, input_size: Sequence[int]) -> float:
+        """Of the elements that ``compute_conv_feature_map_size`` counts, those that an eager training step does not
+        keep but makes again: what MAGIC's convolutions keep beyond static ones."""
+        if self.layer != "magic":
+            return 0
+        return sum(conv.kept_by_autograd(size) for conv, size in self._inputs(input_size)) / STORED_PER_COUNTED
+
     def autocast_surplus(self, input_size: Sequence[int]) -> int:
         """How many numbers of half precision autocast keeps for one sample beyond as many as are counted, because some
         of what the dynamic convolutions keep stays in float32."""

@@ -3,7 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -61,13 +61,15 @@ class StepBytes(NamedTuple):
     peak: int
 
 
-def bytes_of_step_on_cuda(build: Callable[[], nn.Module], input_shape: Sequence[int]) -> StepBytes:
-    """What an eager training step under float16 autocast holds on a CUDA device; arguments and errors as of
-    :func:`bytes_kept_on_cuda`."""
+def bytes_of_step_on_cuda(
+    build: Callable[[], nn.Module], input_shape: Sequence[int], *, mixed_precision: bool
+) -> StepBytes:
+    """What an eager training step holds on a CUDA device; arguments and errors as of :func:`bytes_kept_on_cuda`, and
+    in float32 as well the errors of mixed precision."""
     with on_fake_cuda(build, input_shape) as (network, image):
         held = _Held([*network.parameters(), *network.buffers(), image])
         with without_engine(), held:
-            with float16_autocast():
+            with float16_autocast() if mixed_precision else nullcontext():
                 outputs = list(network(image))
             kept = held.now
             gradients = [torch.ones_like(output) for output in outputs]

@@ -118,11 +118,15 @@ class _ResidualBlock(torch.autograd.Function):
         padding, slope = ctx.padding, ctx.negative_slope
         _, _, _, needs_first, needs_second, needs_shortcut, *needs_parts = ctx.needs_input_grad
         needs_input = any(needs_parts)
+        channels = [part.shape[1] for part in parts]
         x = _together(parts)
+        # Of a block that is computed again, these hold the only references, and what follows is its largest moment.
+        del parts
 
         grad = torch.ops.aten.leaky_relu_backward(grad, output, slope, True)
         of_input = of_shortcut = None
         normed = F.leaky_relu(output, 1 / slope)
+        del output
         if shortcut is None:
             normed -= x
             of_input = grad
@@ -141,9 +145,12 @@ class _ResidualBlock(torch.autograd.Function):
         del normed
         grad, of_second = _conv_backward(grad, between, second, padding, True, needs_second)
         grad = torch.ops.aten.leaky_relu_backward(grad, between, slope, True)
-        grad = _standardized_backward(grad, F.leaky_relu(between, 1 / slope), first_scale)
+        normed = F.leaky_relu(between, 1 / slope)
+        del between
+        grad = _standardized_backward(grad, normed, first_scale)
+        del normed
         through, of_first = _conv_backward(grad, x, first, padding, needs_input, needs_first)
-        of_parts: Sequence[Tensor | None] = [None] * len(parts)
+        of_parts: Sequence[Tensor | None] = [None] * len(channels)
         if needs_input:
-            of_parts = through.add_(of_input).split([part.shape[1] for part in parts], dim=1)
+            of_parts = through.add_(of_input).split(channels, dim=1)
         return None, None, None, of_first, of_second, of_shortcut, *of_parts

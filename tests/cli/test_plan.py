@@ -56,8 +56,8 @@ def test_it_says_what_it_chose_and_what_is_missing(run, dataset: Path):
     result = run("-d", "501", "--arch", "deformux")
     assert result.exit_code == 0, result.output
     rows = [line.replace("│", " ").split() for line in result.output.splitlines()]
-    # 59.6 M counted elements of 560 M at batch 2, 4.04 bytes each and not 3.95; the U-Net counts 19.2 M.
-    assert ["3d_fullres", "nnUNetDeformUXPlans", "40", "x", "56", "x", "40", "2", "4", "0.9"] in rows
+    # 59.6 M counted elements of 560 M at batch 2, 2.10 bytes each and not 3.95; the U-Net counts 19.2 M.
+    assert ["3d_fullres", "nnUNetDeformUXPlans", "40", "x", "56", "x", "40", "2", "4", "0.5"] in rows
     assert ["nnUNetPlans", "40", "x", "56", "x", "40", "2", "4", "0.3"] in rows
     assert "Patch and batch: those of nnUNetPlans, so that only the network differs" in result.output
     assert f"Wrote {dataset / 'nnUNetDeformUXPlans.json'}" in result.output
@@ -77,8 +77,25 @@ def test_presets_and_vram(run, dataset: Path):
     assert result.exit_code == 0, result.output
     small = json.loads((dataset / "nnUNetLightMedSegPlans.json").read_text())
     batches = [plans["configurations"]["3d_fullres"]["batch_size"] for plans in (small, large)]
-    # 140 M elements, at 10.6 M * 6.93 / 3.95 for a sample; and the whole dataset, 20 images of this size.
-    assert batches == [7, 20]
+    # 140 M elements, at (10.6 M * 2.53 + 89.6 k voxels * 8 channels * 26.25) / 5.13 for a sample; and the whole
+    # dataset, 20 images of this size.
+    assert batches == [15, 20]
+
+
+def test_recomputed_blocks_are_said_with_what_they_cost(run, dataset: Path):
+    line = (
+        '3d_fullres: blocks at full resolution are computed again in the backward pass (recompute="blocks"), because '
+        "{}; a training step takes about " + f"{PLANNERS['deformux'].blocks_step_time:.2f} times as long."
+    )
+    for options, because in (
+        (("--vram", "0.4"), "the patch would be 40 x 56 x 32 without it"),
+        (("--recompute", "blocks"), "it was asked for"),
+    ):
+        result = run("-d", "501", "--arch", "deformux", "--overwrite", *options)
+        assert result.exit_code == 0, result.output
+        assert line.format(because) in result.output.splitlines()
+    result = run("-d", "501", "--arch", "deformux", "--overwrite", "--recompute", "cheap", "--vram", "0.4")
+    assert "computed again" not in result.output
 
 
 def test_two_levels_come_with_a_warning(run, dataset: Path):
