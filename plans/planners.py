@@ -381,7 +381,7 @@ class nnUNetPlannerDeformUX(NetworkPlanner):
     """DeformUX-Net."""
 
     label = "DeformUX"
-    blocks_step_time = 1.2
+    blocks_step_time = 1.26
     architecture = staticmethod(deformux_architecture)
 
 
@@ -397,7 +397,7 @@ class nnUNetPlannerMAGIC(NetworkPlanner):
     """MAGIC in nnU-Net's plain U-Net."""
 
     label = "MAGIC"
-    blocks_step_time = 1.2
+    blocks_step_time = 1.06
     architecture = staticmethod(magic_architecture)
 
 
@@ -405,7 +405,7 @@ class nnUNetPlannerMAGICResEnc(NetworkPlanner):
     """MAGIC in nnU-Net's residual encoder U-Net."""
 
     label = "MAGICResEnc"
-    blocks_step_time = 1.2
+    blocks_step_time = 1.06
     architecture = staticmethod(partial(magic_architecture, encoder="residual"))
 
 

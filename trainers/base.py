@@ -20,7 +20,7 @@ from nnunet_deform.trainers.operator_report import OperatorReport
 from nnunet_deform.trainers.preflight import Preflight
 
 MEMORY_ADVICE = (
-    "train with the suffix _recompute behind the trainer's name (DeformUX-Net, LightMedSeg, dynamic convolutions), "
+    "train with the suffix _recompute behind the trainer's name (DeformUX-Net, dynamic convolutions), "
     "use a smaller batch or patch (a copy of the plans file with a smaller batch_size or patch_size under another "
     "plans_name, given with -p), or a device with more memory"
 )
