@@ -51,7 +51,8 @@ def errors(name: str, plan: Plan, dtype: torch.dtype) -> dict[str, float]:
 @pytest.mark.parametrize("name", ["DeformUXNet", "LightMedSeg", "MagicPlainConvUNet"])
 def test_gradients_under_autocast_are_as_near_to_float32s_as_the_plain_forms(name: str, plan: Plan, dtype):
     drawn = [errors(name, plan, dtype) for _ in range(DRAWS)]
-    plain, cheap, blocks = (median(of_draw[mode] for of_draw in drawn) for mode in MODES)
     # Eleven bits of a float16 number, eight of a bfloat16 one, and some tens of roundings in a row.
-    assert 0 < plain < 256 * torch.finfo(dtype).eps, drawn
-    assert max(cheap, blocks) < 1.2 * plain, drawn
+    assert 0 < median(of_draw["plain"] for of_draw in drawn) < 256 * torch.finfo(dtype).eps, drawn
+    # At one draw or another roundings add up in one form and cancel in the other.
+    for mode in ("cheap", "blocks"):
+        assert median(of_draw[mode] / of_draw["plain"] for of_draw in drawn) < 1.2, drawn

@@ -56,7 +56,6 @@ MODES = [("PlainConvUNet", None)] + [(name, mode) for name in list(ARCHITECTURES
 QUICK = [
     ("PlainConvUNet", None, (10, 256, 224)),
     ("DeformUXNet", "blocks", (40, 56, 40)),
-    ("LightMedSeg", "cheap", (512, 512)),
 ]
 
 
