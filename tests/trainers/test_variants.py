@@ -41,20 +41,33 @@ def _active(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [*trainers.__all__, *VARIANTS])
-def test_nnunet_finds_the_same_picklable_class_each_time(name: str) -> None:
-    found = recursive_find_trainer_class_by_name(name)
+def test_a_name_is_the_same_picklable_class_each_time(name: str) -> None:
+    found = find_trainer(name)
     assert found.__name__ == name
     assert issubclass(found, nnUNetTrainer)
     assert issubclass(found, AtomicCheckpoints)
     assert issubclass(found, NumericalGuard)
-    assert recursive_find_trainer_class_by_name(name) is found
+    assert find_trainer(name) is found
     assert pickle.loads(pickle.dumps(found)) is found
+
+
+# nnU-Net walks through its own folder each time, and then asks find_trainer: a trainer of a network, of a baseline and
+# of a rival, and variants of ours and of nnU-Net's.
+FOUND = ("nnUNetTrainerDeformUX", "nnUNetTrainerSwinUNETR", "nnUNetTrainerCoTr", *VARIANTS[:2], VARIANTS[-1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FOUND else pytest.mark.slow) for name in (*trainers.__all__, *VARIANTS)],
+)
+def test_nnunet_finds_the_same_class(name: str) -> None:
+    assert recursive_find_trainer_class_by_name(name) is find_trainer(name)
 
 
 # A process that has imported nnU-Net, and for each line of its input a fork that has imported nothing of ours.
 ELSEWHERE = """
 import os, pickle, sys
-import nnunetv2.training.nnUNetTrainer.nnUNetTrainer
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer, torch._inductor.utils
 assert not [name for name in sys.modules if name.startswith("nnunet_deform")]
 for line in sys.stdin:
     folders, pickled, attribute = eval(line)
