@@ -24,7 +24,13 @@ class Operator(torch.nn.Module):
         return plain_conv(input, offset, weight, bias if self.with_bias else None, **self.case.spatial)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Of each kind of groups, stride, padding, dilation and size one; exporting takes a second each.
+QUICK = ("2d-dense", "2d-multiplier", "3d-depthwise", "3d-crossed-groups", "3d-anisotropic", "3d-thin", "3d-one-voxel")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c.id in QUICK else pytest.mark.slow) for c in CASES], ids=str
+)
 def test_equals_the_scalar_loop(case: Case):
     truth = problem(case)
     assert_close("output", run(Operator(case, with_bias=True), truth.arguments), truth.output, TOLERANCE)

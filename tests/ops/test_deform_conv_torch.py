@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from deform_conv_cases import NAMES, Case, assert_close, conv, draw, leaves, plain_conv, skip_if_unable
+from deform_conv_cases import BACKENDS, NAMES, Case, assert_close, conv, draw, leaves, plain_conv, skip_if_unable
 from torch import Tensor
 
 OPS = torch.ops.nnunet_deform
@@ -36,8 +36,23 @@ def laid_out(case: Case, device: str, layout, dtype: torch.dtype = torch.float32
     return [*(layout(tensor).requires_grad_() for tensor in tensors), bias.requires_grad_()]
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last, strided])
-@pytest.mark.parametrize("case", OPCHECKED, ids=str)
+# How the operator is registered does not depend on the backend, which decides about the layout of its own result only.
+@pytest.mark.parametrize(
+    ("backend", "case", "layout"),
+    [
+        pytest.param(
+            backend,
+            case,
+            layout,
+            id=f"{backend}-{case}-{layout.__name__}",
+            marks=() if backend == "torch" or (case is OPCHECKED[1] and layout is strided) else pytest.mark.slow,
+        )
+        for backend in BACKENDS
+        for case in OPCHECKED
+        for layout in (contiguous, channels_last, strided)
+    ],
+    indirect=["backend"],
+)
 def test_opcheck(backend: str, device: str, case: Case, layout):
     arguments = laid_out(case, device, layout)
     skip_if_unable(*arguments[:3])
