@@ -135,6 +135,19 @@ class Recorder:
         return launch
 
 
+def unable_to_record() -> str | None:
+    """Why launches cannot be recorded with this torch, in one sentence with what to do; None where they can."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, 3, device="cuda").t().contiguous()
+    except RuntimeError as error:
+        return (
+            f"torch {torch.__version__} cannot copy fake CUDA tensors here ({str(error).splitlines()[0]}); take a "
+            "later build of torch for CUDA."
+        )
+    return None
+
+
 @contextmanager
 def _recording(case: Case) -> Iterator[Recorder]:
     recorder = Recorder()
@@ -586,6 +599,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for triton_code.json")
     parser.add_argument("--document", action="store_true", help="put the tables into the operators' README")
     arguments = parser.parse_args()
+    if (reason := unable_to_record()) is not None:
+        sys.exit(reason)
     rows = table(most(), None, arguments.cache, arguments.processes)
     for folder in arguments.triton:
         rows += table(part(version_in(folder)), folder, arguments.cache, arguments.processes)
