@@ -106,17 +106,21 @@ def stopped_at(owner: Any, method: str, happened: Callable[..., bool]) -> Iterat
     raise AssertionError(f"{method} was not stopped")
 
 
-def test_stopped_in_training_validation_and_prediction(workplace, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "trainer", [TRAINER, pytest.param(TRAINER.replace("_4epochs", "_recompute_4epochs"), marks=pytest.mark.slow)]
+)
+def test_stopped_in_training_validation_and_prediction(workplace, monkeypatch, tmp_path, trainer) -> None:
+    of_model = MODEL.replace(TRAINER, trainer)
     root = workplace(SCENARIOS["ignore"])
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "undisturbed"))
-    run_training("999", "3d_fullres", 0, TRAINER, device=torch.device("cpu"))
-    undisturbed = tmp_path / "undisturbed" / MODEL
+    run_training("999", "3d_fullres", 0, trainer, device=torch.device("cpu"))
+    undisturbed = tmp_path / "undisturbed" / of_model
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    model = tmp_path / "results" / MODEL
+    model = tmp_path / "results" / of_model
     fold = model / "fold_0"
 
     def go_on() -> None:
-        run_training("999", "3d_fullres", 0, TRAINER, device=torch.device("cpu"), continue_training=True)
+        run_training("999", "3d_fullres", 0, trainer, device=torch.device("cpu"), continue_training=True)
 
     with stopped_at(nnUNetTrainer, "train_step", lambda trainer, batch: trainer.current_epoch == 2):
         go_on()
