@@ -226,8 +226,8 @@ def show(rows: Sequence[dict[str, Any]], whats: Sequence[str]) -> None:
         print(f"{what.replace('_', ' '):36}{'parameters':>11}{'time':>13}{'of stock':>10}{'peak':>11}{'of stock':>10}")
         for row in rows:
             line = f"{row['name']:36}{row['parameters']:11,}"
-            if f"{what}_ms" in row:
-                line += f"{row[f'{what}_ms']:10.0f} ms{row[f'{what}_time_ratio']:10.3f}"
+            timed = f"{what}_ms" in row
+            line += f"{row[f'{what}_ms']:10.0f} ms{row[f'{what}_time_ratio']:10.3f}" if timed else f"{'-':>13}{'-':>10}"
             if f"{what}_peak_bytes" in row:
                 line += f"{row[f'{what}_peak_bytes'] / 1e6:8.0f} MB{row[f'{what}_peak_ratio']:10.2f}"
             print(line)
