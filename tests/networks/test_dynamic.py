@@ -157,4 +157,4 @@ def test_ddconv_takes_every_level_in_2d():
     del arguments["stages"]
     network = DynamicPlainConvUNet(1, num_classes=3, **arguments)
     assert {type(conv) for conv in network.dynamic_convs().values()} == {DDConv2d}
-    assert len(network.dynamic_convs()) == 7
+    assert len(network.dynamic_convs()) == 4

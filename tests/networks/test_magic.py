@@ -40,7 +40,7 @@ def nnunet_plan(ndim: int, levels: int, widest: int) -> Plan:
 
 PLAIN_3D = nnunet_plan(3, 6, 320)
 PLAIN_2D = nnunet_plan(2, 8, 512)
-PLAIN = {"n_conv_per_stage_decoder": 2}
+PLAIN = {"n_conv_per_stage": 2, "n_conv_per_stage_decoder": 2}
 RES_ENC_M = {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6], "n_conv_per_stage_decoder": 1}
 
 
@@ -90,7 +90,7 @@ def test_default_number_of_kernels():
 
 
 def test_what_is_replaced():
-    network = ISOTROPIC.network("MagicPlainConvUNet", scope="all", reduction=8)
+    network = ISOTROPIC.network("MagicPlainConvUNet", n_conv_per_stage=2, scope="all", reduction=8)
     # Widths 8, 16, 24: no convolution of 8 channels, and of the decoder's those after the concatenation.
     assert list(network.dynamic_convs()) == [
         "encoder.stages.1.0.convs.1.conv",
@@ -110,7 +110,7 @@ def test_what_is_replaced():
     for key in network.keys_to_in_proj:
         wide = ISOTROPIC.network("MagicPlainConvUNet", input_channels=12, reduction=8)
         assert type(wide.get_submodule(key)) is nn.Conv3d
-    some = ISOTROPIC.network("MagicPlainConvUNet", scope="all", stages=[0, 2])
+    some = ISOTROPIC.network("MagicPlainConvUNet", n_conv_per_stage=2, scope="all", stages=[0, 2])
     assert {name.split(".convs")[0] for name in some.dynamic_convs()} == {
         "encoder.stages.0.0",
         "encoder.stages.2.0",
