@@ -79,6 +79,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_another_process_unpickles_variants_also_of_a_trainer_in_the_users_own_folder(tmp_path, monkeypatch) -> None:
     """README's example; without this it could be no arm of a comparison, which appends ``_seed``."""
     names = ["nnUNetTrainerDeformUX_AdamW_2epochs3iters_seed5", "nnUNetTrainerDeformUX_AdamW_lr1.6e-2_2epochs_seed5"]
