@@ -121,6 +121,9 @@ def _environment() -> dict[str, str]:
         # OpenMP threads wait in a loop for milliseconds by default, and training becomes many times slower when another
         # program needs the cores. This is a tenth of a millisecond or so, which costs nothing when the cores are free.
         "GOMP_SPINCOUNT": "20000",
+        # glibc gives large blocks back at once, and every step then pays for the same pages again.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**34),
         "PYTHONUNBUFFERED": "1",
     }
 
