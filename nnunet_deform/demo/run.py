@@ -289,7 +289,7 @@ def _run_steps(runner: _Runner) -> dict[str, float]:
 
 
 def run_demo(folder: Path | None = None, *, console: Console | None = None) -> DemoResult:
-    """Train, predict and score DeformUX-Net on a phantom with stock nnU-Net commands, on the CPU, in about six minutes.
+    """Train, predict and score DeformUX-Net on a phantom with stock nnU-Net commands, on the CPU, in about 5 minutes.
 
     The user's own nnU-Net folders and settings are not touched. When the run fails or is interrupted (SIGINT, SIGTERM,
     SIGHUP), its processes are ended and its files deleted; a run that misses the Dice bar is complete and stays.
