@@ -466,8 +466,8 @@ def offset_weight_gradient_kernel(
                 # A product with 0 would make NaN of an infinite voxel.
                 summed = tl.sum(grad * tl.where(inside[:, None], sample, 0.0), 0)
                 into = grad_weight + summand * group_channels + block + in_block
-                # What the run's earlier bricks have left there.
-                summed += tl.load(into, mask=brick > first, other=0.0)
+                # What the run's earlier bricks have left. Triton 3.9's interpreter takes no mask that is a scalar.
+                summed += tl.load(into, mask=in_block < (brick - first) * BLOCK_C, other=0.0)
                 tl.store(into, summed)
 
         if grad_offset is not None:
