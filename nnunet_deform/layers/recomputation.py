@@ -30,7 +30,7 @@ _plain: ContextVar[bool] = ContextVar("_plain", default=False)
 
 @contextmanager
 def plain_forms() -> Iterator[None]:
-    """Within, networks are in the form that planning estimates: nothing is computed again."""
+    """Within, networks are in their plain form, in which nothing is computed again."""
     token = _plain.set(True)
     try:
         yield

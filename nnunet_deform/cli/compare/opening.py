@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from nnunet_deform import activation
-from nnunet_deform.cli.messages import fail
+from nnunet_deform.cli.messages import fail, require_nnunetv2
 
 if TYPE_CHECKING:
     from nnunet_deform.comparison.run import Comparison
@@ -30,25 +29,23 @@ Arm = Annotated[
 @contextlib.contextmanager
 def comparison_errors(interrupted: str = "the same command continues where it stopped") -> Iterator[None]:
     """One clear message and exit code 1 for what a user can mend."""
+    require_nnunetv2()
     try:
-        activation.check_nnunetv2()
-        try:
-            import monai  # noqa: F401
-            import pydantic  # noqa: F401
-        except ImportError as error:
-            raise fail(f"{error.name} is not installed; run: pip install 'nnunet-deform[compare]'") from None
-        from nnunet_deform.comparison.archive import ArchiveError
-        from nnunet_deform.comparison.collect import CollectionError
-        from nnunet_deform.comparison.experiment import ExperimentError
-        from nnunet_deform.comparison.prepare import PreparationError
-        from nnunet_deform.comparison.results import ResultsError
-        from nnunet_deform.comparison.run import RunError
-        from nnunet_deform.comparison.scoring import ScoringError
-        from nnunet_deform.comparison.splits import SplitError
-        from nnunet_deform.comparison.trainings import TrainingError
-        from nnunet_deform.processes.commands import CommandError
-    except activation.ActivationError as error:
-        raise fail(str(error)) from None
+        import monai  # noqa: F401
+        import pydantic  # noqa: F401
+    except ImportError as error:
+        raise fail(f"{error.name} is not installed; run: pip install 'nnunet-deform[compare]'") from None
+    from nnunet_deform.comparison.archive import ArchiveError
+    from nnunet_deform.comparison.collect import CollectionError
+    from nnunet_deform.comparison.experiment import ExperimentError
+    from nnunet_deform.comparison.prepare import PreparationError
+    from nnunet_deform.comparison.results import ResultsError
+    from nnunet_deform.comparison.run import RunError
+    from nnunet_deform.comparison.scoring import ScoringError
+    from nnunet_deform.comparison.splits import SplitError
+    from nnunet_deform.comparison.trainings import TrainingError
+    from nnunet_deform.processes.commands import CommandError
+
     known = (ArchiveError, CommandError, CollectionError, ExperimentError, PreparationError, ResultsError)
     known += (RunError, ScoringError, SplitError, TrainingError)
     try:
