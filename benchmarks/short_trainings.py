@@ -34,7 +34,8 @@ _DYNAMIC = {
     "CondConv": "nnUNetTrainerCondConv",
     "ODConv": "nnUNetTrainerODConv",
     "DCD": "nnUNetTrainerDCD",
-    "DDConv": "nnUNetTrainerDDConv",
+    # At the full rate AdamW throws samples out of the image: seed 0 of nnUNetTrainerDDConv learned nothing.
+    "DDConv, slow offsets": "nnUNetTrainerDDConv_slowOffsets",
 }
 MODES = {
     "static twin": "nnUNetTrainerMAGIC_static",

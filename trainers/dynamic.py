@@ -12,6 +12,7 @@ import torch
 from nnunet_deform.layers import set_temperature
 from nnunet_deform.plans import dynamic_architecture, magic_architecture
 from nnunet_deform.trainers.base import PlannedNetworkTrainer
+from nnunet_deform.trainers.offset_rate import OffsetRate
 from nnunet_deform.trainers.schedules import annealed_temperature
 
 # The attention's, of the papers and the released codes: without what the networks of MAGIC have by default here.
@@ -80,11 +81,18 @@ class nnUNetTrainerDCD(PlannedNetworkTrainer):
     network_options = {"layer": "dcd"}
 
 
-class nnUNetTrainerDDConv(PlannedNetworkTrainer):
+class nnUNetTrainerDDConv(OffsetRate):
     """DDConv with eight kernels; in 3D from level 3 on, because it is slow."""
 
     architecture = staticmethod(dynamic_architecture)
     network_options = {"layer": "ddconv"}
+
+
+class nnUNetTrainerDDConv_slowOffsets(nnUNetTrainerDDConv):
+    """For AdamW: the offsets at a hundredth of the rate. Each is a sum over channels and taps, every weight of which AdamW
+    moves at once: at the full rate samples leave the image within some dozens of steps."""
+
+    offset_rate = 0.01
 
 
 class nnUNetTrainerDYConv_BN(nnUNetTrainerDYConv):
@@ -112,6 +120,12 @@ class nnUNetTrainerDCD_BN(nnUNetTrainerDCD):
 
 
 class nnUNetTrainerDDConv_BN(nnUNetTrainerDDConv):
+    """With BatchNorm, for the 2d configuration."""
+
+    network_options = {**nnUNetTrainerDDConv.network_options, "norm": "batch"}
+
+
+class nnUNetTrainerDDConv_slowOffsets_BN(nnUNetTrainerDDConv_slowOffsets):
     """With BatchNorm, for the 2d configuration."""
 
     network_options = {**nnUNetTrainerDDConv.network_options, "norm": "batch"}

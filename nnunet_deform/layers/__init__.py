@@ -2,7 +2,7 @@
 
 from nnunet_deform.layers.dcd import DCD, DCD2d, DCD3d
 from nnunet_deform.layers.ddconv import DDConv, DDConv2d, DDConv3d
-from nnunet_deform.layers.deform import DeformConv, offset_parameters
+from nnunet_deform.layers.deform import DeformConv
 from nnunet_deform.layers.dynamic import DynamicConv, set_temperature
 from nnunet_deform.layers.lightmed import (
     AnchorDetector,
@@ -15,6 +15,7 @@ from nnunet_deform.layers.lightmed import (
 from nnunet_deform.layers.magic import MagicConv, MagicConv2d, MagicConv3d
 from nnunet_deform.layers.norm import ChannelLayerNorm, RunningNorm
 from nnunet_deform.layers.odconv import ODConv, ODConv2d, ODConv3d
+from nnunet_deform.layers.offset_parameters import offset_parameters
 from nnunet_deform.layers.residual import ConvStyle, ResidualBlock, UpBlock
 
 __all__ = [

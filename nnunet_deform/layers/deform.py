@@ -152,15 +152,6 @@ class DeformConv(nn.Module):
         return planar.unflatten(2, x.shape[2:])
 
 
-def offset_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of every offset branch in ``network``, in its order; empty where it has none.
-
-    Each branch's last convolution has a weight [taps * axes, C, *kernel], whose output is in voxels.
-    """
-    branches = [m.offset for m in network.modules() if isinstance(m, DeformConv) and m.offset is not None]
-    return [parameter for branch in branches for parameter in branch.parameters()]
-
-
 class _PlanarProjection(torch.autograd.Function):
     """A 1x1 convolution of channels-last voxels that writes each output channel as one plane, with no copy either way.
 

@@ -58,6 +58,21 @@ def test_the_modes(make_trainer) -> None:
     assert (ddconv.routing, ddconv.routing_dropout) == ("input", 0.0)
 
 
+@pytest.mark.parametrize("twin", ["", "_BN"])
+def test_slow_offsets_learn_at_a_hundredth_of_the_rate(make_trainer, twin) -> None:
+    trainer = make_trainer(find_trainer(f"nnUNetTrainerDDConv_slowOffsets{twin}_AdamW_lr5e-3_1epochs5iters"), **PLAN_2D)
+    trainer.initialize()
+    trainer.lr_scheduler.step(0, 3)
+    names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
+    rate = {names[id(one)]: group["lr"] for group in trainer.optimizer.param_groups for one in group["params"]}
+    assert set(rate) == set(names.values())
+    branches = ("offset_weight", "offset_bias", "offset_gates.weight", "offset_gates.bias")
+    slow = [name for name in rate if name.endswith(branches)]
+    assert len(slow) == len(branches)
+    (usual,) = {value for name, value in rate.items() if name not in slow}
+    assert [rate[name] for name in slow] == pytest.approx([0.01 * usual] * len(slow), rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["MAGIC", "MAGIC_static", "DYConv", "CondConv", "ODConv", "DCD", "DDConv"])
 def test_batch_norm_is_refused_in_3d_and_leaves_nothing_behind(make_trainer, tmp_path, name) -> None:
     message = r"norm='batch' is for 2D.* the patch \[16, 16, 16\] has three axes; use the 2d configuration, or"

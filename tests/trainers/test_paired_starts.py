@@ -76,7 +76,11 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "MAGIC_released": _RELEASED_START,
     "MAGIC_annealed": _RELEASED_START,
     # Another number of kernels, in DDConv's network also of those that are static there.
-    **{f"{name}{suffix}": {"shape": _KERNELS} for name in ("CondConv", "DCD", "DDConv") for suffix in ("", "_BN")},
+    **{
+        f"{name}{suffix}": {"shape": _KERNELS}
+        for name in ("CondConv", "DCD", "DDConv", "DDConv_slowOffsets")
+        for suffix in ("", "_BN")
+    },
     "MAGIC_CondConv": {"shape": _KERNELS},
     **{name: _RELEASED_START for name in ("DYConv", "DYConv_BN", "MAGIC_DYConv")},
     # By fan-out before nnU-Net's initialisation.
