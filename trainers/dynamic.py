@@ -89,8 +89,8 @@ class nnUNetTrainerDDConv(OffsetRate):
 
 
 class nnUNetTrainerDDConv_slowOffsets(nnUNetTrainerDDConv):
-    """For AdamW: the offsets at a hundredth of the rate. Each is a sum over channels and taps, every weight of which AdamW
-    moves at once: at the full rate samples leave the image within some dozens of steps."""
+    """For AdamW: the offsets at a hundredth of the rate. Each is a sum over channels and taps, every weight of which
+    AdamW moves at once: at the full rate samples leave the image within some dozens of steps."""
 
     offset_rate = 0.01
 
