@@ -30,6 +30,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     # Inherited by the processes. Tests of threads set a number of their own.
     for library in ("OMP", "MKL", "OPENBLAS"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    # glibc gives large tensors' pages back when they are freed, and the next tensor waits for new ones: keep them.
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**34))
 
 
 def pytest_collection_finish() -> None:
