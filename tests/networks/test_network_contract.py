@@ -304,8 +304,8 @@ def outputs_and_gradients(module: nn.Module, network: nn.Module, image: Tensor) 
 
 
 def to_compile(plan: Plan, name: str, **options: Any) -> nn.Module:
-    """MAGIC's U-Net and the other networks whole; of the remaining U-Nets, which differ in the layer or the blocks that it
-    is in, the layers at level 1. The layers' own tests compile each in all its forms."""
+    """The network; but of U-Nets that differ from MAGIC's in the layer, or in the blocks around it, with the layer at
+    level 1 only. Tests of the layers compile each in all its forms."""
     if name.startswith(("Magic", "Dynamic")) and name != "MagicPlainConvUNet":
         options["stages"] = [1]
     return stir(plan.network(name, **options))
