@@ -15,7 +15,7 @@ from nnunet_deform.layers.lightmed import (
 from nnunet_deform.layers.magic import MagicConv, MagicConv2d, MagicConv3d
 from nnunet_deform.layers.norm import ChannelLayerNorm, RunningNorm
 from nnunet_deform.layers.odconv import ODConv, ODConv2d, ODConv3d
-from nnunet_deform.layers.offset_parameters import offset_parameters
+from nnunet_deform.layers.offset_branches import offset_parameters
 from nnunet_deform.layers.residual import ConvStyle, ResidualBlock, UpBlock
 
 __all__ = [

@@ -7,8 +7,10 @@ from nnunet_deform.layers.deform import DeformConv
 
 
 def offset_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters of every offset branch in ``network``, in its order, with DDConv's gates of it; empty where it has
-    none. Each branch's last convolution gives voxels.
+    """The parameters of every offset branch in ``network``, in its order; empty where it has none.
+
+    Each branch's last convolution has a weight [taps * axes, C, *kernel], whose output is in voxels. DDConv's has K of
+    them, [K * taps * axes, C, *kernel], and their gates belong to the branch.
     """
     found = []
     for module in network.modules():
