@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunet_deform.processes.memory import most_resident
+
 WIDTHS = (32, 64, 128, 256, 320, 320)
 
 
@@ -69,18 +71,16 @@ PARTS = {
 
 
 def measure(part: str, options: argparse.Namespace, queue: Any) -> None:
-    import resource
-
     torch.set_num_threads(options.threads)
     run: Callable[..., None] = PARTS[part]
     net = network(options.classes).eval().requires_grad_(False)
     image = torch.randn(1, 1, *options.patch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_resident()
     started, used = time.perf_counter(), time.process_time()
     run(net, image, options)
     seconds, processor = time.perf_counter() - started, time.process_time() - used
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    queue.put({"seconds": round(seconds, 1), "processor": round(processor, 1), "GB": round(peak * 1024 / 1e9, 2)})
+    peak = most_resident() - before
+    queue.put({"seconds": round(seconds, 1), "processor": round(processor, 1), "GB": round(peak / 1e9, 2)})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

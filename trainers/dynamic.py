@@ -90,7 +90,7 @@ class nnUNetTrainerDDConv(OffsetRate):
 
 class nnUNetTrainerDDConv_slowOffsets(nnUNetTrainerDDConv):
     """For AdamW: the offsets at a hundredth of the rate. Each is a sum over channels and taps, every weight of which
-    AdamW moves at once: at the full rate samples leave the image within some dozens of steps."""
+    AdamW moves at once: at the full rate samples leave the image (docs/recipes.md)."""
 
     offset_rate = 0.01
 

@@ -11,7 +11,8 @@ from nnunet_deform.trainers.schedules import FactoredSchedule, give_own_rate
 
 
 class OffsetRate(PlannedNetworkTrainer):
-    """
+    """nnU-Net's trainer for a network with offset branches.
+
     ``offset_rate``: learning rate of the offset branches as a multiple of the recipe's, at every step. AdamW's decay,
     which goes with the rate, is multiplied as well.
     """

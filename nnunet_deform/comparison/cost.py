@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from nnunet_deform.comparison.experiment import Folders
 from nnunet_deform.comparison.files import read_json, write_json
 from nnunet_deform.comparison.trainings import Training
+from nnunet_deform.processes.memory import most_resident
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,10 @@ def count_macs(network: torch.nn.Module, patch: torch.Tensor) -> int:
 
 
 class _PeakMemory:
-    """Highest memory of this process above what it had at the start, in bytes."""
+    """Highest memory of this process above what it had at the start, in bytes.
+
+    On the CPU above its highest before: peaks in imports, for example, hide smaller ones after.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -90,22 +94,14 @@ class _PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
         else:
-            self._start = _resident_peak()
+            self._start = most_resident()
 
     def read(self) -> int:
         if self._device == "cuda":
             import torch
 
             return torch.cuda.max_memory_allocated() - self._start
-        return _resident_peak() - self._start
-
-
-def _resident_peak() -> int:
-    """The process's high-water mark. Other peaks before, in imports for example, hide smaller ones after."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return most_resident() - self._start
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:

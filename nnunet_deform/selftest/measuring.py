@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+from nnunet_deform.processes.memory import most_resident, resident
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_MMAP_THRESHOLD = -3
 
@@ -88,10 +89,10 @@ class PeakMemory:
 
     def start(self) -> None:
         _CLEAR_REFS.write_text("5")  # resets the peak
-        self._before = _kibibytes("VmRSS")
+        self._before = resident()
 
     def bytes(self) -> int:
-        return (_kibibytes("VmHWM") - self._before) * 1024
+        return most_resident() - self._before
 
 
 def in_own_process(threads: int, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -99,7 +100,3 @@ def in_own_process(threads: int, function: Callable[..., Any], *arguments: Any) 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as process:
         return process.submit(function, *arguments).result()
-
-
-def _kibibytes(field: str) -> int:
-    return int(next(line for line in _STATUS.read_text().splitlines() if line.startswith(field)).split()[1])

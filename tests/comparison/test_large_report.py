@@ -22,14 +22,15 @@ ARMS = tuple(f"A{number}" for number in range(8))
 CASES = tuple(f"c{number:04d}_0" for number in range(2500))
 
 REPORT = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 from nnunet_deform.comparison.report import build_report
+from nnunet_deform.processes.memory import most_resident
 file = Path(sys.argv[1])
 page = build_report(file)
 assert "2500 cases of 2500 patients" in page.read_text()
 assert page.stat().st_size < 4e6
-print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(time.process_time(), most_resident() / 2**30)
 """
 
 
