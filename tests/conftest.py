@@ -46,7 +46,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     result = yield
     file_ends = nextitem is None or nextitem.path != item.path
     # Short tests leave little behind, and there are thousands of them.
-    if file_ends or time.perf_counter() - started > 0.2:
+    if file_ends or time.perf_counter() - started > 0.5:
         gc.collect()
     if file_ends:
         # What a file imported stays, so that collections need not look at it.

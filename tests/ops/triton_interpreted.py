@@ -229,11 +229,11 @@ def test_layouts_give_the_same():
     cropped = wide[:, :2, 1:3, 2:5].copy_(tensors[0])
     assert cropped.stride(1) == 1
     strided = torch.stack((tensors[0], tensors[0]), -1)[..., 0]
-    for input in (tensors[0].contiguous(memory_format=last), cropped, strided):
-        check([input, *tensors[1:]], spatial, grad_output)
-    check([tensors[0], tensors[1].contiguous(memory_format=last), *tensors[2:]], spatial, grad_output)
-    check([tensors[0], torch.stack((tensors[1],) * 2, -1)[..., 0], *tensors[2:]], spatial, grad_output)
-    check(tensors, spatial, grad_output[:, :1, :1, :1].expand_as(grad_output))
+    offset = tensors[1]
+    strided_offset = torch.stack((offset, offset), -1)[..., 0]
+    check([tensors[0].contiguous(memory_format=last), *tensors[1:]], spatial, grad_output)
+    check([cropped, offset.contiguous(memory_format=last), *tensors[2:]], spatial, grad_output)
+    check([strided, strided_offset, *tensors[2:]], spatial, grad_output[:, :1, :1, :1].expand_as(grad_output))
 
 
 def test_what_would_split_a_vector_is_copied():

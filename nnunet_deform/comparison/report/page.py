@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from nnunet_deform import __version__
 from nnunet_deform.comparison.analysis import Hypothesis
@@ -30,9 +31,8 @@ def render(content: ReportContent, parts: Sequence[DatasetParts]) -> str:
     Args:
         parts: of each dataset of the analysis.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     band, analysis = content.design.bands[content.design.primary], content.analysis
-    return environment.from_string(_text("template.html")).render(
+    return _template().render(
         content=content,
         date=now(),
         version=__version__,
@@ -54,6 +54,12 @@ def render(content: ReportContent, parts: Sequence[DatasetParts]) -> str:
         ],
         packages=", ".join(f"{name} {version(name)}" for name in ("monai", "scipy", "numpy", "pandas")),
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(_text("template.html"))
 
 
 def _text(name: str) -> str:
