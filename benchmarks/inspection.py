@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ PARTS = {
 }
 
 
-def measure(part: str, options: argparse.Namespace, queue: Any) -> None:
+def measure(part: str, options: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(options.threads)
     run: Callable[..., None] = PARTS[part]
     net = network(options.classes).eval().requires_grad_(False)
@@ -80,7 +81,7 @@ def measure(part: str, options: argparse.Namespace, queue: Any) -> None:
     run(net, image, options)
     seconds, processor = time.perf_counter() - started, time.process_time() - used
     peak = most_resident() - before
-    queue.put({"seconds": round(seconds, 1), "processor": round(processor, 1), "GB": round(peak / 1e9, 2)})
+    return {"seconds": round(seconds, 1), "processor": round(processor, 1), "GB": round(peak / 1e9, 2)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,11 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     context = multiprocessing.get_context("spawn")
     for part in PARTS:
-        queue = context.Queue()
-        process = context.Process(target=measure, args=(part, options, queue))
-        process.start()
-        result = queue.get()
-        process.join()
+        with ProcessPoolExecutor(1, context) as pool:
+            result = pool.submit(measure, part, options).result()
         print(json.dumps({"part": part, **result}), flush=True)
 
 
