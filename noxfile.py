@@ -34,6 +34,7 @@ END_OF_TABLE = "<!-- the next row goes above this line -->"
 QUICK = (
     "tests/ops",
     "tests/benchmarks/test_triton_code.py",
+    "tests/networks/test_compiled_networks.py",
     "tests/networks/test_network_contract.py",
     "tests/trainers/test_end_to_end.py::test_train_validate_continue_predict_share",
 )

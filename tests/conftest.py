@@ -63,4 +63,7 @@ def _seeded() -> None:
 
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - nnU-Net's augmentation draws from it
-    torch.manual_seed(0)
+    # torch.manual_seed notes who called it for each kind of device that has not begun, a millisecond a test.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)

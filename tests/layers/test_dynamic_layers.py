@@ -147,7 +147,7 @@ def test_training_under_autocast(name: str):
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-# The others are in the networks of test_network_contract, which are compiled.
+# The others are in the networks of test_compiled_networks.
 @pytest.mark.parametrize(
     "name",
     [

@@ -509,7 +509,7 @@ def test_kernels_are_mixed_in_float32_under_autocast():
     torch.testing.assert_close(kernels.double(), expected, rtol=0, atol=1e-6)
 
 
-# The first is in the networks of test_network_contract, which are compiled.
+# The first is in the networks of test_compiled_networks.
 @pytest.mark.parametrize(
     "options",
     [

@@ -74,7 +74,7 @@ def test_it_builds_its_network_takes_a_step_and_loads_again(make_trainer, name) 
     assert pickle.loads(pickle.dumps(type(trainer))) is type(trainer)
 
 
-# What nnU-Net does with a compiled network is the same for all; test_network_contract switches each of them compiled.
+# What nnU-Net does with a compiled network is the same for all; test_compiled_networks switches each of them compiled.
 @pytest.mark.parametrize(
     ("plan", "compiled", "name"),
     [
