@@ -1,4 +1,5 @@
-"""The headline of docs/evidence/README.md, from the archive of the 2D comparison: its table, verdicts and figure.
+"""The headline of docs/evidence/README.md, from the archive of the 2D comparison: its table, verdicts, figure, and what
+the operators did.
 
 python docs/evidence/headline.py
 """
@@ -14,6 +15,7 @@ from nnunet_deform.comparison.analysis import Analysis, MetricAnalysis, analyse
 from nnunet_deform.comparison.archive import read_archive
 from nnunet_deform.comparison.cost import Cost
 from nnunet_deform.comparison.design import Design, design_of
+from nnunet_deform.comparison.operators import Histories, rows
 from nnunet_deform.comparison.report.figures import colour, pareto_front
 from nnunet_deform.comparison.report.words import sentence, with_interval
 
@@ -54,6 +56,16 @@ def _cells(cost: Cost) -> list[str]:
 
 def verdicts(analysis: Analysis, design: Design) -> list[str]:
     return [f"- {sentence(hypothesis, design.bands[design.primary])}" for hypothesis in analysis.hypotheses]
+
+
+def operators(histories: Histories, arms: Sequence[str]) -> list[str]:
+    """What they did at the end of the trainings, in Markdown."""
+    lines = [
+        "| arm | what its operator did, at the end of training | trainings | median [least, largest] | acts in |",
+        "|" + " --- |" * 5,
+    ]
+    cells = ([str(cell).replace("|", r"\|") for cell in row] for row in rows(histories, arms))
+    return lines + ["| " + " | ".join(row) + " |" for row in cells]
 
 
 def draw(analysis: Analysis, costs: dict[str, Cost], file: Path) -> None:
@@ -97,6 +109,7 @@ def main() -> None:
     if costs:
         draw(analysis, costs, HERE / FIGURE)
         lines += ["", f"![Dice against the cost of a training step]({FIGURE})"]
+    lines += ["", *operators(found.histories, design.arms)]
     write(lines)
 
 
