@@ -39,18 +39,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_COLLECT_AFTER_S = 2.0
+_since_collection = 0.0
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Trainers refer to themselves: left to Python's own collections, gigabytes of networks would pile up."""
+    global _since_collection
     started = time.perf_counter()
     result = yield
-    file_ends = nextitem is None or nextitem.path != item.path
+    _since_collection += time.perf_counter() - started
     # Short tests leave little behind, and there are thousands of them.
-    if file_ends or time.perf_counter() - started > 0.5:
+    if _since_collection > _COLLECT_AFTER_S:
+        _since_collection = 0.0
         gc.collect()
-    if file_ends:
-        # What a file imported stays, so that collections need not look at it.
-        gc.freeze()
+        if nextitem is None or nextitem.path != item.path:
+            # What a file imported stays, so that collections need not look at it.
+            gc.freeze()
     return result
 
 

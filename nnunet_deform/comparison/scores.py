@@ -43,36 +43,34 @@ class Scores:
         return tuple(sorted(set(self.table["case"])))
 
     @cached_property
-    def _by_case(self) -> pd.DataFrame:
-        return self.table.drop_duplicates("case").set_index("case").loc[list(self.cases)]
+    def _codes(self) -> dict[str, np.ndarray]:
+        """Of each row, the position of its arm, its fold and so on among them."""
+        keys = {"arm": self.arms, "fold": self.folds, "seed": self.seeds, "case": self.cases, "label": self.labels}
+        return {key: pd.Index(values).get_indexer(self.table[key]) for key, values in keys.items()}
+
+    @cached_property
+    def _row_of_case(self) -> np.ndarray:
+        """One row of each case."""
+        return np.unique(self._codes["case"], return_index=True)[1]
 
     @cached_property
     def patients(self) -> tuple[str, ...]:
         """Of each case."""
-        return tuple(self._by_case["patient"])
+        return tuple(self.table["patient"].iloc[self._row_of_case])
 
     @cached_property
     def trained(self) -> np.ndarray:
         """[arms, folds, seeds], whether there is such a training."""
         trained = np.zeros((len(self.arms), len(self.folds), len(self.seeds)), dtype=bool)
-        one_each = self.table.drop_duplicates(["arm", "fold", "seed"])
-        arms, folds, seeds = (
-            pd.Categorical(one_each[key], values).codes
-            for key, values in (("arm", self.arms), ("fold", self.folds), ("seed", self.seeds))
-        )
-        trained[arms, folds, seeds] = True
+        trained[self._codes["arm"], self._codes["fold"], self._codes["seed"]] = True
         return trained
-
-    @cached_property
-    def _cells(self) -> tuple[np.ndarray, ...]:
-        keys = (("arm", self.arms), ("seed", self.seeds), ("case", self.cases), ("label", self.labels))
-        return tuple(pd.Categorical(self.table[key], values).codes for key, values in keys)
 
     def cells(self, metric: str) -> np.ndarray:
         """[arms, seeds, cases, classes]; NaN where nothing was predicted."""
         shape = (len(self.arms), len(self.seeds), len(self.cases), len(self.labels))
         values = np.full(shape, np.nan)
-        values[self._cells] = self.table[metric].fillna(METRICS[metric].perfect).to_numpy(dtype=float)
+        position = tuple(self._codes[key] for key in ("arm", "seed", "case", "label"))
+        values[position] = self.table[metric].fillna(METRICS[metric].perfect).to_numpy(dtype=float)
         return values
 
     def of_cases(self, metric: str) -> np.ndarray:
@@ -83,10 +81,10 @@ class Scores:
     @cached_property
     def _patients_of_folds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each fold: its cases in the order of their patients, and where each patient begins."""
-        folds = self._by_case["fold"].to_numpy()
+        folds = self._codes["fold"][self._row_of_case]
         _, numbers = np.unique(np.asarray(self.patients), return_inverse=True)
         found = []
-        for fold in self.folds:
+        for fold in range(len(self.folds)):
             cases = np.flatnonzero(folds == fold)
             cases = cases[np.argsort(numbers[cases], kind="stable")]
             found.append((cases, np.flatnonzero(np.diff(numbers[cases], prepend=-1))))

@@ -276,6 +276,7 @@ def test_arms_that_hardly_learned_are_out_of_the_figures_scale(content, tmp_path
     assert "Without arms that hardly learned." in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_datasets_are_ranked_one_by_one_and_then_together(content, tmp_path):
     experiment = make_experiment(ARMS)
     other = make_scores(experiment, {"Old": 0.05}, patients=20, seed=1).assign(dataset="Dataset502_Other")
@@ -290,6 +291,7 @@ def test_several_datasets_are_ranked_one_by_one_and_then_together(content, tmp_p
     assert len({attributes["id"] for attributes in page.of("details") if attributes["id"].startswith("d1-")}) >= 7
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_parts_that_are_empty_are_left_out(content, tmp_path):
     design = replace(content.design, hypotheses=())
     analysis = analyse(design, content.cases, {})

@@ -15,6 +15,8 @@ from nnunet_deform.comparison.results import find_results
 from nnunet_deform.comparison.verdicts import REQUIRED_TRAINING_FREEDOM
 from nnunet_deform.networks.observation import EPOCHS_FILE, write_epoch
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Nnunet:

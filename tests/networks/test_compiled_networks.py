@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from network_cases import ANISOTROPIC, CASES, TWO_LEVELS_2D, as_list, every_case, stir
+from network_cases import ANISOTROPIC, CASES, TWO_LEVELS_2D, as_list, stir
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -35,8 +35,16 @@ MOST_OPERATIONS = {
 }
 
 
+# All U-Nets have from one class what they do around their layers and blocks.
+BY_DEFAULT = ("DeformUXNet", "LightMedSeg", "MagicPlainConvUNet")
+# One of the networks of dynamic layers: what compiles in it compiles with the layers of test_dynamic_layers.
+COUNTED = (*BY_DEFAULT, "MagicResidualEncoderUNet", "DynamicPlainConvUNet-odconv")
+
+
 # The default backend, inductor, takes minutes to compile in C++.
-@every_case
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in COUNTED else pytest.mark.slow) for name in CASES]
+)
 @pytest.mark.parametrize(
     ("backend", "recompute"),
     [
@@ -91,10 +99,6 @@ def assert_observing_compiles_nothing(compiled: nn.Module, image: Tensor) -> Non
     assert summarise(compiled._orig_mod.observe_operators(image))[0]
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(compiled(image), before)
-
-
-# All U-Nets have from one class what they do around their layers and blocks.
-BY_DEFAULT = ("DeformUXNet", "LightMedSeg", "MagicPlainConvUNet")
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ def interpreted() -> Counter[str]:
     """How many tests of each file pass in Triton's interpreter, all in one process of their own.
 
     Triton is interpreted only if TRITON_INTERPRET is 1 before it is imported. Of the tests of every backend it is those
-    that the interpreter is quick enough for. It truncates to bfloat16 where a GPU rounds, too coarse for the test of
-    precision on long axes.
+    that the interpreter is quick enough for, along both axes of an image and the third of a volume. It truncates to
+    bfloat16 where a GPU rounds, too coarse for the test of precision on long axes.
     """
     files = ("triton_interpreted.py", "test_deform_conv_convention.py", "preflight_interpreted.py")
-    selection = "interpreted or (triton and (borders or right_derivative))"
+    selection = "interpreted or (triton and (right_derivative or (borders and (2-0 or 2-1 or 3-0))))"
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-k", selection, *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
