@@ -36,6 +36,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
+    # Collections are made below; Python's own would come thousands of times more.
+    gc.set_threshold(50_000, 20, 100)
     gc.freeze()
 
 

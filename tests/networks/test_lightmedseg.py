@@ -352,11 +352,11 @@ def test_ablations_by_hand():
 
 
 def test_learns_a_small_case():
-    network = plan("", (24, 24, 24), [(2, 2, 2)] * 3, (8, 16, 32, 32)).network("LightMedSeg", num_classes=2)
+    network = plan("", (16, 16, 16), [(2, 2, 2)] * 2, (8, 16, 32)).network("LightMedSeg", num_classes=2)
     network.apply(network.initialize)
-    z, y, x = torch.meshgrid(*[torch.arange(24)] * 3, indexing="ij")
-    target = ((z - 12) ** 2 + (y - 9) ** 2 + (x - 14) ** 2 < 36).long()[None]
-    image = target[:, None] + 0.5 * torch.randn(1, 1, 24, 24, 24)
+    z, y, x = torch.meshgrid(*[torch.arange(16)] * 3, indexing="ij")
+    target = ((z - 8) ** 2 + (y - 6) ** 2 + (x - 9) ** 2 < 16).long()[None]
+    image = target[:, None] + 0.5 * torch.randn(1, 1, 16, 16, 16)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for _ in range(30):
         optimizer.zero_grad()

@@ -369,6 +369,8 @@ def test_pretrained_keys_stay_valid(name: str):
     assert type(first[0]) is nn.Conv3d
 
 
+# The exported file of a trained one is checked by test_export, which runs by default, the layer by test_magic_layer.
+@pytest.mark.slow
 @names
 def test_exports_at_batch_1(name: str):
     network = stir(ISOTROPIC.network(name)).eval()

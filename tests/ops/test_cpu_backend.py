@@ -1,5 +1,6 @@
 """The C++ backend against the float64 reference, in every instruction set this processor has."""
 
+import functools
 import itertools
 
 import pytest
@@ -57,6 +58,13 @@ def truth(tensors, arguments, grad_output):
     return run(reference, {k: t.double() for k, t in tensors.items()}, arguments, grad_output.double())
 
 
+@functools.cache
+def problem(**case):
+    """One convolution, not to be changed, and what is true of it, whatever computes it in how many threads."""
+    made = make(**case)
+    return made, truth(*made)
+
+
 def assert_agree(actual, expected, tolerance=2e-6):
     output, gradients = actual
     expected_output, expected_gradients = expected
@@ -95,8 +103,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_reference(case, threads, instruction_set, set_threads):
     set_threads(threads)
-    made = make(**case)
-    assert_agree(run(cpu, *made), truth(*made))
+    made, expected = problem(**case)
+    assert_agree(run(cpu, *made), expected)
 
 
 @pytest.mark.parametrize("size", [(5, 6, 7), (1, 9, 2), (6, 8)])
@@ -121,15 +129,23 @@ def test_far_from_the_origin_positions_are_as_exact_as_near_it(instruction_set):
     assert_agree(run(cpu, *made), truth(*made), tolerance=1e-6)
 
 
+@functools.cache
+def problem_of_far_samples(value):
+    """As :func:`problem`, with offsets of ``value``."""
+    tensors, arguments, grad_output = make(2, 20, (5, 6, 7), (3, 3, 3), padding=1)
+    tensors["offset"][:, 4:7, 1:3] = value
+    tensors["offset"][0] = value
+    return (tensors, arguments, grad_output), truth(tensors, arguments, grad_output)
+
+
 @pytest.mark.parametrize("value", [1e30, -1e30, 3e9, -3e9, float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_offsets_that_lead_nowhere_sample_zero(value, threads, instruction_set, set_threads):
     set_threads(threads)
-    tensors, arguments, grad_output = make(2, 20, (5, 6, 7), (3, 3, 3), padding=1)
-    tensors["offset"][:, 4:7, 1:3] = value
-    tensors["offset"][0] = value
-    output, gradients = run(cpu, tensors, arguments, grad_output)
-    assert_agree((output, gradients), truth(tensors, arguments, grad_output))
+    made, expected = problem_of_far_samples(value)
+    output, gradients = run(cpu, *made)
+    assert_agree((output, gradients), expected)
+    tensors, _, _ = made
     assert torch.equal(output[0], tensors["bias"].view(-1, 1, 1, 1).expand_as(output[0]))
     assert not gradients[1][0].any()
     assert not gradients[1][:, 4:7, 1:3].any()
@@ -165,8 +181,7 @@ def test_runs_repeat_bit_for_bit(threads, instruction_set, set_threads):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_threads_share_the_work(batch, spread, instruction_set, set_threads):
     """Short offsets let the threads work in two turns, long ones divide the rows: both ways add up to the same."""
-    made = make(batch, 40, (24, 7, 9), (3, 3, 3), padding=1, spread=spread)
-    expected = truth(*made)
+    made, expected = problem(batch=batch, channels=40, size=(24, 7, 9), kernel=(3, 3, 3), padding=1, spread=spread)
     set_threads(1)
     output, gradients = run(cpu, *made)
     for threads in (2, 4, 5):

@@ -33,9 +33,12 @@ def run(*arguments: object):
         ("DeformUX", "2d"),
         pytest.param("MAGIC", "3d", marks=pytest.mark.slow),
         ("MAGIC", "2d"),
-        *(pytest.param(network, "3d", marks=pytest.mark.slow) for network in ("ODConv", "DCD", "DDConv")),
-        *(pytest.param(network, "2d", marks=pytest.mark.slow) for network in ("ODConv", "DCD")),
-        ("DDConv", "2d"),
+        # Of MAGIC's class, with layers like its own or with the operator of DeformUX-Net.
+        *(
+            pytest.param(network, plan, marks=pytest.mark.slow)
+            for network in ("ODConv", "DCD", "DDConv")
+            for plan in ("3d", "2d")
+        ),
     ],
 )
 def test_onnx_runtime_gives_the_networks_logits(make_trainer, tmp_path, network, plan):
