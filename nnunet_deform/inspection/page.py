@@ -6,16 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.resources import files
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 
 from nnunet_deform import __version__
 from nnunet_deform.inspection import anchors, pictures
 from nnunet_deform.inspection.examination import Findings
 from nnunet_deform.inspection.pictures import Album, Picture
-from nnunet_deform.pages import style
+from nnunet_deform.pages import style, template
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,7 @@ def render(found: Sequence[Findings], album: Album) -> str:
     sections.append(_fields(found, album))
     for findings, mark in zip(found, marks, strict=True):
         sections += _operators(findings, mark, place, album)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    template = files("nnunet_deform.inspection").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return template("nnunet_deform.inspection", "page.html").render(
         title=found[0].case.name,
         version=__version__,
         date=datetime.now().astimezone().isoformat(" ", "minutes"),

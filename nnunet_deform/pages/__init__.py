@@ -1,4 +1,4 @@
-"""What self-contained HTML pages share: their style, and figures that suit a light and a dark page."""
+"""What self-contained HTML pages share: templates, their style, and figures that suit a light and a dark page."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import base64
 import html
 import io
 import re
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without yellow and black; the blue is lighter, for
@@ -71,3 +73,10 @@ def png_url(figure: Figure) -> str:
 def style() -> str:
     """The style sheet."""
     return files("nnunet_deform.pages").joinpath("style.css").read_text(encoding="utf-8")
+
+
+@cache
+def template(package: str, name: str) -> Template:
+    """A package's template, compiled once. Names that it is not given are errors."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(files(package).joinpath(name).read_text(encoding="utf-8"))

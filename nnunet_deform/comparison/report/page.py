@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
 
 from nnunet_deform import __version__
 from nnunet_deform.comparison.analysis import Hypothesis
@@ -22,7 +20,9 @@ from nnunet_deform.comparison.report.sections import DatasetParts, dataset_secti
 from nnunet_deform.comparison.report.tables import hypothesis_cells
 from nnunet_deform.comparison.report.words import p_value, scope, sentence, summary
 from nnunet_deform.comparison.trainings import now
-from nnunet_deform.pages import style
+from nnunet_deform.pages import style, template
+
+_PACKAGE = "nnunet_deform.comparison.report"
 
 
 def render(content: ReportContent, parts: Sequence[DatasetParts]) -> str:
@@ -32,12 +32,12 @@ def render(content: ReportContent, parts: Sequence[DatasetParts]) -> str:
         parts: of each dataset of the analysis.
     """
     band, analysis = content.design.bands[content.design.primary], content.analysis
-    return _template().render(
+    return template(_PACKAGE, "template.html").render(
         content=content,
         date=now(),
         version=__version__,
         style=style(),
-        script=_text("page.js"),
+        script=files(_PACKAGE).joinpath("page.js").read_text(encoding="utf-8"),
         scope=scope(analysis),
         summary=summary(analysis),
         verdicts=figures.verdicts(analysis.hypotheses, band, "verdicts") if analysis.hypotheses else None,
@@ -54,16 +54,6 @@ def render(content: ReportContent, parts: Sequence[DatasetParts]) -> str:
         ],
         packages=", ".join(f"{name} {version(name)}" for name in ("monai", "scipy", "numpy", "pandas")),
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(_text("template.html"))
-
-
-def _text(name: str) -> str:
-    return files("nnunet_deform.comparison.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _operator_caution(content: ReportContent, hypothesis: Hypothesis) -> str | None:
