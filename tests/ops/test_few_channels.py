@@ -85,7 +85,14 @@ def test_compiles_to_one_operation_each_way(channels, out_channels, kernel, stri
     assert counts == [1, 1]
 
 
-@pytest.mark.parametrize(("channels", "out_channels", "kernel", "stride", "groups"), CASES)
+# One of each form: what differs within a form are numbers, and all are compiled above.
+CHECKED = ("pointwise", "filled-up-2d", "by-planes", "depthwise")
+
+
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "kernel", "stride", "groups"),
+    [pytest.param(*case.values, id=case.id, marks=() if case.id in CHECKED else pytest.mark.slow) for case in CASES],
+)
 def test_passes_torchs_checks_of_operators(channels, out_channels, kernel, stride, groups):
     leaves = [leaf.requires_grad_() for leaf in case(channels, out_channels, kernel, groups)]
     padding = [k // 2 for k in kernel]
