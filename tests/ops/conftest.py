@@ -3,7 +3,9 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,27 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=os.environ.get("TRITON_INTERPRET") == "1")
+def _language_replaced_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter replaces its language by NumPy for a launch, and then once more for each function that a
+    kernel calls, which takes a third of its time and changes nothing."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+    nothing = SimpleNamespace(restore=lambda: None)
+
+    def replace_what_is_left(function: FunctionType) -> SimpleNamespace:
+        languages = [
+            module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values())
+        ]
+        return replace(function) if any(tl.core.is_builtin(language.load) for language in languages) else nothing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_what_is_left)
+        yield
 
 
 @pytest.fixture(scope="session")
