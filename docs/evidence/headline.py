@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from nnunet_deform.comparison.analysis import Analysis, MetricAnalysis, analyse
 from nnunet_deform.comparison.archive import read_archive
@@ -86,6 +87,9 @@ def draw(analysis: Analysis, costs: dict[str, Cost], file: Path) -> None:
         front = pareto_front(values, metric.means[where])
         axes.plot([values[p] for p in front], metric.means[where][front], "--", color="grey", linewidth=0.8, zorder=0)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(label)
     grid[0].set_ylabel("mean Dice out of fold")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(arms), frameon=False)
