@@ -36,7 +36,7 @@ RUN = [*NETWORKS, *(f"{name}_S" for name in PRIMUS)]
 PLANS = {
     "isotropic": {"patch_size": (24, 24, 40)},
     "anisotropic": {
-        "patch_size": (10, 36, 20),
+        "patch_size": (10, 20, 36),
         "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2)),
         "kernel_sizes": ((1, 3, 3), (3, 3, 3), (3, 3, 3)),
     },
