@@ -1,5 +1,4 @@
-"""The headline of docs/evidence/README.md, from the archive of the 2D comparison: its table, verdicts, figure, and what
-the operators did.
+"""What the evidence page shows of the archived comparisons: table, verdicts, what the operators did, and one figure.
 
 python docs/evidence/headline.py
 """
@@ -23,7 +22,6 @@ from nnunet_deform.comparison.report.words import sentence, with_interval
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "README.md"
 FIGURE = "pareto.png"
-BEGIN, END = "<!-- headline -->", "<!-- end of headline -->"
 
 
 def table(analysis: Analysis, costs: dict[str, Cost]) -> list[str]:
@@ -97,24 +95,30 @@ def draw(analysis: Analysis, costs: dict[str, Cost], file: Path) -> None:
     plt.close(figure)
 
 
-def write(lines: Sequence[str]) -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
-    _, _, after = rest.partition(f"{END}\n")
+def write(part: str, lines: Sequence[str]) -> None:
+    """Between the page's comments of that name."""
+    begin, end = f"<!-- {part} -->\n", f"<!-- end of {part} -->\n"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
     text = "\n".join(lines)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}\n{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def main() -> None:
-    found = read_archive(HERE / "2d" / "archive")
+def show(part: str, archive: Path, figure: str | None = None) -> None:
+    found = read_archive(archive)
     design = design_of(found.experiment)
     analysis = analyse(design, found.collected.cases, found.collected.missing)
     costs = {t.arm: found.costs[t.arm_key] for t in found.trainings if t.arm_key in found.costs}
     lines = [*table(analysis, costs), "", *verdicts(analysis, design)]
-    if costs:
-        draw(analysis, costs, HERE / FIGURE)
-        lines += ["", f"![Dice against the cost of a training step]({FIGURE})"]
-    lines += ["", *operators(found.histories, design.arms)]
-    write(lines)
+    if figure is not None:
+        draw(analysis, costs, HERE / figure)
+        lines += ["", f"![Dice against the cost of a training step]({figure})"]
+    write(part, [*lines, "", *operators(found.histories, design.arms)])
+
+
+def main() -> None:
+    show("headline", HERE / "2d" / "archive", FIGURE)
+    show("3d", HERE / "3d" / "archive")
 
 
 if __name__ == "__main__":
