@@ -406,6 +406,7 @@ def test_a_refused_experiment_has_declared_nothing(trial):
         trial.run()
     assert not trial.output.exists()
     trial.change("plans: nnUNetResEncUNetXPlans", "plans: nnUNetResEncUNetMPlans")
+    trial.change("folds: [0, 1, 2]", "folds: [0]")
     assert trial.run() == []
     assert "before the first training." in trial.report()
 

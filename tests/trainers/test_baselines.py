@@ -217,9 +217,9 @@ def test_coarse_logits_are_where_their_image_is(name) -> None:
 @pytest.mark.parametrize(
     ("name", "padded", "times"),
     [
-        ("nnUNetTrainerMedNeXt_S", [16, 48, 32], "3.41"),
-        ("nnUNetTrainerDynUNet", [10, 36, 20], "1.00"),
-        ("nnUNetTrainerPrimus_S", [16, 40, 24], "2.13"),
+        ("nnUNetTrainerMedNeXt_S", [16, 32, 48], "3.41"),
+        ("nnUNetTrainerDynUNet", [10, 20, 36], "1.00"),
+        ("nnUNetTrainerPrimus_S", [16, 24, 40], "2.13"),
     ],
 )
 def test_the_log_says_what_is_padded(make_trainer, name, padded, times) -> None:
@@ -227,7 +227,7 @@ def test_the_log_says_what_is_padded(make_trainer, name, padded, times) -> None:
     trainer.initialize()
     trainer.on_train_start()
     log = Path(trainer.log_file).read_text()
-    assert f"sees the patch [10, 36, 20] as {padded}, {times} times as many voxels." in log
+    assert f"sees the patch [10, 20, 36] as {padded}, {times} times as many voxels." in log
 
 
 def test_dynunet_has_the_plans_levels_and_refuses_two() -> None:
