@@ -231,6 +231,7 @@ def test_seeded_runs_are_bit_equal_also_when_killed_and_continued(make_trainer, 
     undisturbed = make_trainer(seeded, results="undisturbed")
     undisturbed.run_training()
     first = weights(undisturbed)
+
     killed = make_trainer(seeded, results="killed")
     epoch_start = killed.on_train_epoch_start
 

@@ -131,7 +131,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-# Trainings begin from what is initialized; what was constructed before is compared of the exceptions.
+# Trainings begin from what is initialized; nnU-Net replaces most of what was constructed.
 @pytest.mark.parametrize(
     "initialize",
     [pytest.param(True, id="initialized"), pytest.param(False, id="constructed", marks=pytest.mark.slow)],
