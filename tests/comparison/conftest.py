@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import monai.metrics
 import numpy as np
 import pytest
+import torch
 
 from nnunet_deform.comparison.report import figures
 from nnunet_deform.comparison.workflow import write
@@ -48,12 +50,33 @@ def undisturbed(fakes, tmp_path_factory) -> Trial:
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
-        patch.setattr(commands, "_POLL_S", 0.02)
+        patch.setattr(commands, "_POLL_S", 0.005)
         patch.setenv("FAKE_CALLS", str(folder / "calls.jsonl"))
         trial = Trial(folder / "work")
         trial.write()
         assert trial.run() == []
     return trial
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _measured_once() -> Iterator[None]:
+    """The stand-ins predict the same in each trial, of which MONAI takes its time to measure every structure."""
+
+    def once(measure: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        known: dict[tuple, torch.Tensor] = {}
+
+        def measured(y_pred: torch.Tensor, y: torch.Tensor, **options: object) -> torch.Tensor:
+            key = (y.shape, y_pred.numpy().tobytes(), y.numpy().tobytes(), repr(options))
+            if key not in known:
+                known[key] = measure(y_pred=y_pred, y=y, **options)
+            return known[key]
+
+        return measured
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("compute_surface_dice", "compute_hausdorff_distance"):
+            patch.setattr(monai.metrics, name, once(getattr(monai.metrics, name)))
+        yield
 
 
 class Paper:
@@ -94,7 +117,7 @@ def use_fakes(fakes, tmp_path, monkeypatch) -> None:
     for module in (commands, write):
         monkeypatch.setattr(module, "find_command", lambda n: str(fakes / ("cost" if n == sys.executable else n)))
     monkeypatch.setattr(commands, "_GRACE_S", 0.5)
-    monkeypatch.setattr(commands, "_POLL_S", 0.02)
+    monkeypatch.setattr(commands, "_POLL_S", 0.005)
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.jsonl"))
     for variable in ("FAKE_SLOW", "FAKE_BAD", "FAKE_SKIP"):
         monkeypatch.delenv(variable, raising=False)

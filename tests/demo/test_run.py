@@ -76,6 +76,7 @@ signal.signal(signal.SIGTERM, signal.SIG_DFL)
 commands.find_command = lambda name: str(Path(sys.argv[1], name))
 run.find_command = commands.find_command
 commands._GRACE_S = 0.5
+commands._POLL_S = 0.005
 run._NUM_TRAIN, run._NUM_TEST = 2, 1
 run.run_demo(Path(sys.argv[2]))
 """
@@ -95,6 +96,7 @@ def fakes(tmp_path_factory, monkeypatch) -> Path:
     monkeypatch.setattr(run, "_NUM_TRAIN", 2)
     monkeypatch.setattr(run, "_NUM_TEST", 1)
     monkeypatch.setattr(commands, "_GRACE_S", 0.5)
+    monkeypatch.setattr(commands, "_POLL_S", 0.005)
     monkeypatch.setenv("FAKE_MODE", "good")
     monkeypatch.setenv("FAKE_DICE", "[0.9, 0.8, 0.7, 0.2, 0.1]")
     monkeypatch.setenv("FAKE_PIDS", str(folder / "pids"))
@@ -264,8 +266,13 @@ def test_a_missed_bar_is_an_error_that_keeps_the_folder(fakes, console, tmp_path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups and signals are POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
-@pytest.mark.parametrize("existed", [False, True], ids=["new-folder", "empty-folder"])
+@pytest.mark.parametrize(
+    ("number", "code", "existed"),
+    [
+        pytest.param(signal.SIGINT, -signal.SIGINT, False, id="SIGINT-new-folder"),
+        pytest.param(signal.SIGTERM, 128 + signal.SIGTERM, True, id="SIGTERM-empty-folder"),
+    ],
+)
 def test_an_interrupted_run_leaves_no_file_and_no_process(fakes, tmp_path, monkeypatch, number, code, existed):
     monkeypatch.setenv("FAKE_MODE", "slow")
     target = tmp_path / "out"
@@ -277,7 +284,7 @@ def test_an_interrupted_run_leaves_no_file_and_no_process(fakes, tmp_path, monke
         while not (fakes / "pids").exists() or len((fakes / "pids").read_text().split()) < 2:
             assert driver.poll() is None
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.01)
         hidden = list((target if existed else tmp_path).glob(".out.unfinished-*"))
         assert len(hidden) == 1
         driver.send_signal(number)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakePhantom, plan_file
+from known_shapes import MakePhantom, plan_file
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CASES, MakePhantom, plan_file
+from known_shapes import CASES, MakePhantom, plan_file
 
 from nnunet_deform.plans.planners import nnUNetPlannerLightMedSeg
 from nnunet_deform.plans.preprocessed import preprocessed_folders, preprocessing_commands

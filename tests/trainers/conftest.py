@@ -1,5 +1,6 @@
 """A tiny preprocessed dataset, as nnU-Net's planning and preprocessing would have left it."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -103,8 +104,24 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic, "RESIDUAL_BLOCKS", (1, 2))
 
 
+@pytest.fixture(scope="session")
+def six_cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, ...], int | None], Path]:
+    """Returns six_cases(patch_size, ignore): a folder with six cases of that size, written once."""
+
+    @functools.cache
+    def folder_of(patch_size: tuple[int, ...], ignore: int | None) -> Path:
+        folder = tmp_path_factory.mktemp("cases")
+        for case in range(6):
+            _write_case(folder, f"case_{case}", patch_size, seed=case, ignore=ignore)
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture
-def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
+def make_trainer(
+    six_cases: Callable[[tuple[int, ...], int | None], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> MakeTrainer:
     """Returns make(trainer_class, patch_size, strides, kernel_sizes, results="results"): a trainer on a CPU for a fresh
     dataset of six cases of that size; calls with other ``results`` share the data but not the output folder.
     ``dataset`` replaces entries of dataset.json, such as the labels."""
@@ -139,11 +156,9 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer
         base = tmp_path / "preprocessed" / DATASET
         folder = base / plans["configurations"][configuration]["data_identifier"]
         if not folder.exists():
-            folder.mkdir(parents=True)
+            shutil.copytree(six_cases(tuple(patch_size), dataset_json["labels"].get("ignore")), folder)
             (base / "dataset_fingerprint.json").write_text("{}")
             (base / "dataset.json").write_text(json.dumps(dataset_json))
-            for case in range(6):
-                _write_case(folder, f"case_{case}", patch_size, seed=case, ignore=dataset_json["labels"].get("ignore"))
         return trainer_class(plans | {"continue_training": False}, configuration, 0, dataset_json, torch.device("cpu"))
 
     return make

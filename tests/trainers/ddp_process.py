@@ -5,6 +5,7 @@ trainer itself stays outside, because nnU-Net's knows only NCCL. FOLDER holds nn
 FOLDER/RANK.json. The processes are forked after the imports, which take longer and more memory than the training.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -108,6 +109,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     forked = multiprocessing.get_context("fork")
+    gc.freeze()  # so that collections in the forks leave the pages shared
     ranks = [forked.Process(target=main, args=(rank, Path(sys.argv[1]), sys.argv[2:])) for rank in range(2)]
     for process in ranks:
         process.start()
