@@ -65,8 +65,8 @@ def test_the_backends_that_must_always_run_do():
 CHECKED = [
     Case("2d-multiplier", (3, 4), (2, 2), (2, 4), groups=2, padding=(1, 0), stride=(1, 2)),
     Case("2d-dense", (4, 3), (1, 3), (2, 1), offset_groups=2, padding=(0, 2), dilation=(1, 2)),
-    Case("3d-grouped", (2, 3, 2), (1, 2, 2), (4, 2), groups=2, offset_groups=2),
-    Case("3d-depthwise", (3, 2, 3), (2, 1, 2), (2, 2), groups=2, batch=2, stride=(1, 2, 2), dilation=(2, 1, 1)),
+    Case("3d-grouped", (1, 3, 2), (1, 2, 2), (4, 2), groups=2, offset_groups=2),
+    Case("3d-depthwise", (3, 3, 2), (2, 1, 2), (2, 2), groups=2, stride=(1, 2, 1), dilation=(2, 1, 1)),
 ]
 
 

@@ -126,14 +126,22 @@ def test_a_step_a_validation_and_a_prediction(make_trainer, name, plan) -> None:
     trainer.on_train_start()
     trainer.network.train()
     batch = next(trainer.dataloader_train)
-    outputs = trainer.network(batch["data"])
-    # Logits and targets of equal number and size, so that the loss compares voxel with voxel.
-    assert isinstance(outputs, list) == (network in COARSEST)
-    assert [output.shape[2:] for output in as_list(outputs)] == [
-        target.shape[2:] for target in as_list(batch["target"])
-    ]
+    outputs, targets = [], []
+    loss = trainer.loss
+
+    def noted(output: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
+        outputs.append(output)
+        targets.append(target)
+        return loss(output, target)
+
+    trainer.loss = noted
     trainer.on_train_epoch_start()
     assert np.isfinite(trainer.train_step(batch)["loss"])
+    trainer.loss = loss
+    # Logits and targets of equal number and size, so that the loss compares voxel with voxel.
+    (output,), (target,) = outputs, targets
+    assert isinstance(output, list) == (network in COARSEST)
+    assert [one.shape[2:] for one in as_list(output)] == [one.shape[2:] for one in as_list(target)]
     without = {key for key, p in trainer.network.named_parameters() if p.grad is None}
     coarsest = COARSEST.get(network)
     assert without == {
