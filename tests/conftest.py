@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fresh_process import FreshProcesses
 
 PROCESSES = 2
 
@@ -67,6 +68,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         # What a file imported stays, so that collections need not look at it.
         gc.freeze()
     return result
+
+
+@pytest.fixture(scope="session")
+def fresh_processes() -> Iterator[FreshProcesses]:
+    """Python processes that have imported nnU-Net and nothing of ours."""
+    processes = FreshProcesses()
+    yield processes
+    processes.end()
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_module_and_nothing_at_top_level(unpacked_wheel):
     assert {p.name for p in unpacked_wheel.iterdir() if not p.name.endswith(".dist-info")} == {"nnunet_deform"}
 
 
-def test_nnunet_finds_a_trainer_of_the_wheel(unpacked_wheel):
+def test_nnunet_finds_a_trainer_of_the_wheel(unpacked_wheel, fresh_processes, tmp_path):
     code = (
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
         "import sys; print(sys.modules[find('nnUNetTrainerDeformUX').__module__].__file__)"
@@ -72,10 +72,10 @@ def test_nnunet_finds_a_trainer_of_the_wheel(unpacked_wheel):
         "PYTHONPATH": str(unpacked_wheel),
         "nnUNet_extTrainer": str(unpacked_wheel / "nnunet_deform" / "_ext"),
     }
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=unpacked_wheel
+    printed = fresh_processes.run(
+        ["-c", code], output=tmp_path / "printed", environment=environment, cwd=unpacked_wheel
     )
-    assert Path(found.stdout.split()[-1]) == unpacked_wheel / "nnunet_deform" / "trainers" / "deformux.py"
+    assert Path(printed.split()[-1]) == unpacked_wheel / "nnunet_deform" / "trainers" / "deformux.py"
 
 
 def test_imports_only_go_downward(unpacked_wheel):

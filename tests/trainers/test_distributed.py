@@ -3,12 +3,11 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fresh_process import FreshProcesses
 from phantoms import SCENARIOS
 
 from nnunet_deform import trainers
@@ -30,12 +29,14 @@ OTHERS = tuple(name for name in trainers.__all__ if name not in (*FAST, *NOT_HER
 
 
 @pytest.fixture(scope="module")
-def results(prepared, tmp_path_factory) -> Callable[[tuple[str, ...]], list[dict]]:
+def results(prepared, fresh_processes, tmp_path_factory) -> Callable[[tuple[str, ...]], list[dict]]:
     """Returns results(names): of both processes, by trainer. They start once for all trainers of these names."""
-    return functools.cache(lambda names: train(names, prepared(SCENARIOS["cascade"]), tmp_path_factory.mktemp("ddp")))
+    return functools.cache(
+        lambda names: train(names, prepared(SCENARIOS["cascade"]), tmp_path_factory.mktemp("ddp"), fresh_processes)
+    )
 
 
-def train(names: tuple[str, ...], source: Path, folder: Path) -> list[dict]:
+def train(names: tuple[str, ...], source: Path, folder: Path, fresh_processes: FreshProcesses) -> list[dict]:
     preprocessed = folder / "preprocessed" / "Dataset999_Phantom"
     preprocessed.parent.mkdir()
     preprocessed.symlink_to(source / "preprocessed" / "Dataset999_Phantom")
@@ -46,14 +47,7 @@ def train(names: tuple[str, ...], source: Path, folder: Path) -> list[dict]:
         "OMP_NUM_THREADS": "1",
     }
     script = Path(__file__).with_name("ddp_process.py")
-    ended = subprocess.run(
-        [sys.executable, str(script), str(folder), *names],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stdout[-5000:]
+    fresh_processes.run([str(script), str(folder), *names], output=folder / "printed", environment=environment)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

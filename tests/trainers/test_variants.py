@@ -1,8 +1,6 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -66,24 +64,27 @@ def test_nnunet_finds_the_same_class(name: str) -> None:
 
 # A process that has imported nnU-Net, and for each line of its input a fork that has imported nothing of ours.
 ELSEWHERE = """
-import os, pickle, sys
-import nnunetv2.training.nnUNetTrainer.nnUNetTrainer, torch._inductor.utils
+import pickle, sys
 assert not [name for name in sys.modules if name.startswith("nnunet_deform")]
-for line in sys.stdin:
-    folders, pickled, attribute = eval(line)
-    if os.fork() == 0:
-        os.environ["nnUNet_extTrainer"] = folders
-        print([getattr(one, attribute) for one in pickle.loads(pickled)], flush=True)
-        os._exit(0)
-    os.wait()
+print([getattr(one, sys.argv[2]) for one in pickle.loads(bytes.fromhex(sys.argv[1]))])
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_another_process_unpickles_variants_also_of_a_trainer_in_the_users_own_folder(tmp_path, monkeypatch) -> None:
+def test_another_process_unpickles_variants_also_of_a_trainer_in_the_users_own_folder(
+    fresh_processes, tmp_path, monkeypatch
+) -> None:
     """README's example; without this it could be no arm of a comparison, which appends ``_seed``."""
     names = ["nnUNetTrainerDeformUX_AdamW_2epochs3iters_seed5", "nnUNetTrainerDeformUX_AdamW_lr1.6e-2_2epochs_seed5"]
-    asked = [(activation.extension_folder(), pickle.dumps([find_trainer(name) for name in names]), "__name__")]
+
+    def read_elsewhere(folders: str, classes: list[type], attribute: str) -> str:
+        return fresh_processes.run(
+            ["-c", ELSEWHERE, pickle.dumps(classes).hex(), attribute],
+            output=tmp_path / "printed",
+            environment={**os.environ, activation.VARIABLE: folders},
+        ).splitlines()[-1]
+
+    classes = [find_trainer(name) for name in names]
+    assert read_elsewhere(activation.extension_folder(), classes, "__name__") == str(names)
     mine = """
 from nnunet_deform.trainers import nnUNetTrainerDeformUX
 
@@ -104,11 +105,7 @@ class nnUNetTrainerDeformUX_k5(nnUNetTrainerDeformUX):
             assert found.network_options == {"kernel_size": 5}
             assert recursive_find_trainer_class_by_name(name) is found
             classes.append(found)
-    asked.append((os.environ[activation.VARIABLE], pickle.dumps(classes), "network_options"))
-    lines = "".join(f"{one!r}\n" for one in asked)
-    result = subprocess.run([sys.executable, "-c", ELSEWHERE], input=lines, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [str(names), str([{"kernel_size": 5}] * 2)], result.stderr
+    assert read_elsewhere(os.environ[activation.VARIABLE], classes, "network_options") == str([{"kernel_size": 5}] * 2)
 
 
 @pytest.mark.parametrize(
