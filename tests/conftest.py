@@ -47,26 +47,31 @@ def pytest_collection_finish() -> None:
         lookup._module_originates_from_path = functools.cache(lookup._module_originates_from_path)
 
 
-_COLLECT_AFTER_S = 2.0
-_since_collection = 0.0
+_COLLECT_YOUNG_AFTER_S, _COLLECT_ALL_AFTER_S = 2.0, 10.0
+_since_young = _since_all = 0.0
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Trainers refer to themselves: left to Python's own collections, gigabytes of networks would pile up."""
-    global _since_collection
+    global _since_young, _since_all
     started = time.perf_counter()
     result = yield
-    _since_collection += time.perf_counter() - started
+    took = time.perf_counter() - started
+    _since_young += took
+    _since_all += took
     last_of_file = nextitem is None or nextitem.path != item.path
     # Short tests leave little behind, and there are thousands of them.
-    if _since_collection > (_COLLECT_AFTER_S / 4 if last_of_file else _COLLECT_AFTER_S):
-        _since_collection = 0.0
-        # What is older than the last collection mostly stays: it is looked at once a file.
-        gc.collect(2 if last_of_file else 1)
-    if last_of_file:
-        # What a file imported stays, so that collections need not look at it.
-        gc.freeze()
+    if _since_all > _COLLECT_ALL_AFTER_S or (last_of_file and _since_young > _COLLECT_YOUNG_AFTER_S / 4):
+        gc.collect()
+        _since_young = _since_all = 0.0
+        if last_of_file:
+            # What a file imported stays, so that collections need not look at it.
+            gc.freeze()
+    elif _since_young > _COLLECT_YOUNG_AFTER_S:
+        # Most of what a test leaves is younger than this.
+        gc.collect(1)
+        _since_young = 0.0
     return result
 
 

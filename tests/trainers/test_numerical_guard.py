@@ -330,7 +330,7 @@ class Wrapped(nn.Module):
 
 
 def test_wrapped_and_compiled_networks_are_unwrapped(started, monkeypatch) -> None:
-    trainer = started("nnUNetTrainerLightMedSeg")
+    trainer = started("nnUNetTrainer_AdamW")  # compiles fastest
     break_output(trainer, "decoder.seg_layers.1")
     monkeypatch.setattr(wrapping, "DistributedDataParallel", Wrapped)
     trainer.network = Wrapped(torch.compile(trainer.network, backend="eager"))
