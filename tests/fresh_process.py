@@ -30,7 +30,8 @@ class FreshProcesses:
             output: a file for what it prints.
 
         Raises:
-            AssertionError: it ends with an error; the message is what it printed.
+            AssertionError: it ends with an error; the message has its exit code, negative for a signal, and what it
+                printed.
         """
         cwd = cwd or Path.cwd()
         if hasattr(os, "fork"):
@@ -50,7 +51,7 @@ class FreshProcesses:
                 )
             code = str(ended.returncode)
         printed = output.read_text()
-        assert code == "0", printed[-5000:]
+        assert code == "0", f"ended with {code}: {printed[-5000:]}"
         return printed
 
     def end(self) -> None:
