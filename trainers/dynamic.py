@@ -67,6 +67,14 @@ class nnUNetTrainerODConv(Annealed):
     network_options = {"layer": "odconv"}
     epochs_of_annealing = 10
 
+    def _do_i_compile(self) -> bool:
+        # Inductor's backward pass makes the standardisation again from statistics that the forward pass has updated.
+        if super()._do_i_compile():
+            self.print_to_log_file(
+                "ODConv is not compiled: its gradients would be wrong from the second step on (docs/versions.md)."
+            )
+        return False
+
 
 class nnUNetTrainerODConv_layer(nnUNetTrainerODConv):
     """The squeezed vector standardised over its own entries instead, which leaves what samples have in common."""

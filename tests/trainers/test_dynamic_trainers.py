@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from stock_prediction import assert_the_networks_logits, predictor_of
 from torch import nn
 
@@ -117,3 +118,11 @@ def test_a_training_is_predicted_with_by_stock_prediction(make_trainer, name) ->
     assert_the_networks_logits(predicted, trainer, image)
     (log,) = Path(trainer.output_folder).glob("training_log*")
     assert log.read_text().count("Operators on 2 validation patches: ") == 2
+
+
+def test_odconv_is_not_compiled_and_says_why(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
+    assert make_trainer(find_trainer("nnUNetTrainerDCD"))._do_i_compile()
+    trainer = make_trainer(find_trainer("nnUNetTrainerODConv"))
+    assert not trainer._do_i_compile()
+    assert "ODConv is not compiled: its gradients would be wrong" in Path(trainer.log_file).read_text()
