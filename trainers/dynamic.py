@@ -68,11 +68,13 @@ class nnUNetTrainerODConv(Annealed):
     epochs_of_annealing = 10
 
     def _do_i_compile(self) -> bool:
+        compiles = super()._do_i_compile()
+        if not compiles or self.network_options.get("attention_norm", "running") != "running":
+            return compiles
         # Inductor's backward pass makes the standardisation again from statistics that the forward pass has updated.
-        if super()._do_i_compile():
-            self.print_to_log_file(
-                "ODConv is not compiled: its gradients would be wrong from the second step on (docs/versions.md)."
-            )
+        self.print_to_log_file(
+            "ODConv is not compiled: its gradients would be wrong from the second step on (docs/versions.md)."
+        )
         return False
 
 

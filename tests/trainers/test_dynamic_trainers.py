@@ -122,7 +122,8 @@ def test_a_training_is_predicted_with_by_stock_prediction(make_trainer, name) ->
 
 def test_odconv_is_not_compiled_and_says_why(make_trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
-    assert make_trainer(find_trainer("nnUNetTrainerDCD"))._do_i_compile()
+    for name in ("nnUNetTrainerDCD", "nnUNetTrainerODConv_layer"):
+        assert make_trainer(find_trainer(name))._do_i_compile()
     trainer = make_trainer(find_trainer("nnUNetTrainerODConv"))
     assert not trainer._do_i_compile()
     assert "ODConv is not compiled: its gradients would be wrong" in Path(trainer.log_file).read_text()

@@ -62,7 +62,7 @@ def test_nnunet_finds_the_same_class(name: str) -> None:
     assert recursive_find_trainer_class_by_name(name) is find_trainer(name)
 
 
-# A process that has imported nnU-Net, and for each line of its input a fork that has imported nothing of ours.
+# As a process that has imported nothing of ours reads pickled classes.
 ELSEWHERE = """
 import pickle, sys
 assert not [name for name in sys.modules if name.startswith("nnunet_deform")]
